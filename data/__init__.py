@@ -1,0 +1,1 @@
+"""Videos to records to batches: numpy, OpenCV, PyAV, spaCy, sentencepiece, Grain; never a jax device."""

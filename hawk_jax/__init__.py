@@ -1,0 +1,1 @@
+"""HAWK in JAX: configuration, model, training, evaluation, conversion."""

@@ -1,0 +1,1 @@
+"""Parameter names and files of the authors' PyTorch code, from and to JAX."""

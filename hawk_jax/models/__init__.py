@@ -1,0 +1,1 @@
+"""Single-device model code: modules hold structure, functions of arrays do the work."""

@@ -1,0 +1,1 @@
+"""Losses, freezing, optimiser, step, loop, checkpoints."""
