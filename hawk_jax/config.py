@@ -71,12 +71,12 @@ class InputConfig:
     test_split: str = "test"
     clips: int = 32                     # clips of the global batch, over all hosts and accumulation steps
     seed: int = 0                       # order, crops, prompts
-    views: int = 0                      # K: views of a clip that are used in turn; 0 = every epoch draws its own (crop, frames); 1 = view 0 always
+    views: int = 0                      # K: views of a clip used in turn; 0 = every epoch draws its own (crop, frames); 1 = view 0 always
     features: Literal["live", "memory"] = "live"  # memory: the frozen encoder runs once per (clip, view) at start, needs views >= 1
     # text
     tokenizer: str = ""                 # path of a sentencepiece model, or "embedded" (the small one of the synthetic world)
     conversation_share: float = 0.0     # probability that a clip is used as a conversation (stage 2) instead of a caption (stage 1)
-    prompt: Literal["paper", "released"] = "paper"   # paper: sentence of section 4.1; released: none for captions, <Video> template for conversations
+    prompt: Literal["paper", "released"] = "paper"   # paper: sentence of section 4.1; released: none (captions), <Video> template
     system_prompt: str = " "            # inside <<SYS>>; the released code trains with a single space
     description_probability: float = 0.5   # conversation: the description replaces the first question-answer pair
     description_replacement: Literal["copy", "in_place"] = "copy"  # in_place: released code, the replaced question is lost for later epochs
@@ -389,29 +389,36 @@ def _unknown(name: str, cls, where: str) -> ConfigError:
     return ConfigError(f"unknown option {where!r}; {hint}")
 
 
-def _replace_at(node, path: list[str], text: str, whole: str):
-    hints, name = typing.get_type_hints(type(node)), path[0]
-    if name not in hints:
-        raise _unknown(name, type(node), whole)
-    if dataclasses.is_dataclass(hints[name]) != (len(path) > 1):
-        raise ConfigError(f"{whole!r} names " + ("a part, not an option" if len(path) == 1 else "an option inside an option"))
-    if len(path) > 1:
-        return {name: (_replace_at, getattr(node, name), path[1:], text, whole)}
+def _parse(text: str, kind):
+    """The value that `text` means for an option of type `kind`; a bare word needs no quotes."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text
-    if str in (hints[name], *typing.get_args(hints[name])) and type(value) in (int, float):
-        value = text                    # a path such as `2024` stays text
-    value = _cast(value, hints[name])
-    if not _fits(value, hints[name]):
-        raise ConfigError(f"{whole}={text}: expected {_kind_name(hints[name])}")
-    return {name: value}
+        return text
+    if str in (kind, *typing.get_args(kind)) and not isinstance(value, str) and value is not None:
+        return text                     # a name such as `2024` stays text
+    return _cast(value, kind)
 
 
-def _apply(node, changes: dict):
-    done = {k: _apply(v[1], v[0](*v[1:])) if isinstance(v, tuple) and v and v[0] is _replace_at else v for k, v in changes.items()}
-    return dataclasses.replace(node, **done)
+def _assign(tree: dict, cls, path: str, text: str) -> None:
+    """Sets one dotted option in a tree of `to_dict`, in place."""
+    *parts, name = path.split(".")
+    for part in parts:
+        hints = typing.get_type_hints(cls)
+        if part not in hints:
+            raise _unknown(part, cls, path)
+        if not dataclasses.is_dataclass(hints[part]):
+            raise ConfigError(f"{path!r}: {part!r} is an option, it has no options inside")
+        cls, tree = hints[part], tree[part]
+    kind = typing.get_type_hints(cls).get(name)
+    if kind is None:
+        raise _unknown(name, cls, path)
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{path!r} is a part, not an option; its options: {', '.join(f.name for f in dataclasses.fields(kind))}")
+    value = _parse(text, kind)
+    if not _fits(value, kind):
+        raise ConfigError(f"{path}={text}: expected {_kind_name(kind)}")
+    tree[name] = value
 
 
 def override(config: HawkConfig, assignments: list[str]) -> HawkConfig:
@@ -424,19 +431,8 @@ def override(config: HawkConfig, assignments: list[str]) -> HawkConfig:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"expected option=value, got {assignment!r}")
-        node = config
-        names, inner = path.split("."), tree
-        for depth, name in enumerate(names[:-1]):
-            if not dataclasses.is_dataclass(getattr(node, name, None)):
-                raise _unknown(name, type(node), path) if not hasattr(node, name) else ConfigError(f"{path!r}: {name} has no options inside")
-            node, inner = getattr(node, name), inner[name]
-        inner[names[-1]] = dataclasses.asdict(_Box(_replace_at(node, names[-1:], text, path)[names[-1]]))["value"]
+        _assign(tree, HawkConfig, path, text)
     return from_dict(HawkConfig, tree)
-
-
-@dataclass
-class _Box:
-    value: object
 
 
 def to_dict(config) -> dict:
@@ -484,7 +480,14 @@ def load(file: str, assignments: list[str] = ()) -> HawkConfig:
         raise ConfigError(f"no configuration file {path!r}" + (f"; did you mean 'configs/{near[0]}'?" if near else ""))
     spec = importlib.util.spec_from_file_location(f"hawk_config_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     function = getattr(module, name or "config", None)
     if not callable(function):
         known = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v) and k[0] != "_"]
