@@ -8,8 +8,21 @@ Widths of 64-128 replace 768-4096; the code is the code of the 7B model.  Initia
 was meant for width 768: with it the tiny Q-Formers stay on a plateau that ignores the video.
 """
 from hawk_jax.config import (
-    DataSource, GenerateConfig, HawkConfig, InputConfig, LlamaConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, PrepareConfig,
-    PretrainConfig, QFormerConfig, RunConfig, VitConfig, WorldConfig,
+    DataSource,
+    GenerateConfig,
+    HawkConfig,
+    InputConfig,
+    LlamaConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    PretrainConfig,
+    QFormerConfig,
+    RunConfig,
+    VitConfig,
+    WorldConfig,
 )
 
 FOLDER = "runs/demo"

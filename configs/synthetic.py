@@ -1,7 +1,7 @@
 """The full synthetic world: every class, enough clips to measure what each branch is worth.  Up to 40 minutes on two cores.
 
     python -m hawk_jax demo configs/synthetic.py
-    python -m hawk_jax demo configs/synthetic.py --set run.seed=1 model.seed=1 --out runs/synthetic_seed1
+    python -m hawk_jax demo configs/synthetic.py --out runs/synthetic_seed1 run.seed=1 model.seed=1
 """
 from configs.demo import stage
 from hawk_jax.config import HawkConfig, PretrainConfig, WorldConfig

@@ -24,7 +24,7 @@ fi
 
 # opencv-python links against libGL, which servers and containers often lack; the headless wheel is the same library without windows
 swap=cat
-if ! ldconfig -p 2>/dev/null | grep -q 'libGL\.so\.1'; then
+if ! "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libGL.so.1")' 2>/dev/null; then
   echo "no libGL on this machine: taking opencv-python-headless in place of opencv-python"
   swap='sed s/^opencv-python>/opencv-python-headless>/'
 fi
