@@ -1,0 +1,93 @@
+"""Between modules and values: shapes, axes, initial values, and a `Hawk` bound to a nested dict of arrays.
+
+Values live in nested dicts of arrays outside the modules: that is what is sharded, split into frozen and trainable, saved and
+exported, and passing them through `jax.jit` costs a tenth of passing modules.  The paths are the checkpoint format.
+"""
+import functools
+import zlib
+
+import jax
+from flax import nnx
+
+from hawk_jax.axes import param_shardings
+from hawk_jax.config import HawkError, ModelConfig
+from hawk_jax.models.hawk import Hawk
+
+
+class ParamsError(HawkError):
+    """A tree of parameters that is not this model's."""
+
+
+def _name(key) -> str:
+    return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: ModelConfig):
+    """(treedef of the module, {path: Variable} in the order of its leaves)."""
+    model = Hawk(config)
+    variables, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.structure(model), {tuple(map(_name, path)): v for path, v in variables}
+
+
+def _nest(flat: dict) -> dict:
+    tree = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def flatten(tree: dict, prefix=()) -> dict:
+    """Nested dict -> {path tuple: leaf}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, (*prefix, key)) if isinstance(value, dict) else {(*prefix, key): value}
+    return flat
+
+
+def abstract_params(config: ModelConfig) -> dict:
+    """Nested dict of jax.ShapeDtypeStruct; allocates nothing."""
+    return _nest({path: v.get_value() for path, v in _structure(config)[1].items()})
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """The same tree with the `Axes` (names of the dimensions) of each parameter."""
+    return _nest({path: v.axes for path, v in _structure(config)[1].items()})
+
+
+def shardings(config: ModelConfig, mesh, strategy: str) -> dict:
+    """The same tree with the NamedSharding of each parameter."""
+    return param_shardings(logical_axes(config), mesh, strategy)
+
+
+def init_params(config: ModelConfig, key, shardings=None) -> dict:
+    """Initial values, made on the devices where they belong (one jitted program; every leaf has its own key, made from its path).
+
+    shardings: the tree of `shardings`, or None for the default device.  The values are the same on every mesh.
+    """
+    _, variables = _structure(config)
+
+    def draw(key):
+        return _nest({path: v.init.draw(jax.random.fold_in(key, zlib.crc32("/".join(path).encode())), v.get_value().shape,
+                                        v.get_value().dtype) for path, v in variables.items()})
+    return jax.jit(draw, out_shardings=shardings)(key)
+
+
+def bind(config: ModelConfig, params: dict) -> Hawk:
+    """The model with these values (arrays, tracers or shapes).  Cheap: call it inside the jitted function.
+
+    Raises ParamsError if a parameter is missing, unknown, or has another shape.
+    """
+    structure, variables = _structure(config)
+    flat = flatten(params)
+    for path in (*(variables.keys() - flat.keys()), *(flat.keys() - variables.keys())):
+        raise ParamsError(f"parameter {'/'.join(path)} is {'missing' if path in variables else 'not part of this model'}; "
+                          "was the tree made with another model configuration?")
+    for path, variable in variables.items():
+        if tuple(flat[path].shape) != tuple(variable.get_value().shape):
+            raise ParamsError(f"parameter {'/'.join(path)} has shape {tuple(flat[path].shape)}, "
+                              f"this model needs {tuple(variable.get_value().shape)}")
+    return jax.tree.unflatten(structure, [flat[path] for path in variables])
