@@ -12,14 +12,15 @@ ROUND = "[INST] {message} [/INST]"
 # What follows the system block in the first message.
 # paper: "Here is the input video embedding: <VIDEO_EMBEDDING> and motion embedding <MOTION_EMBEDDING> in different frames, please help
 # me to <DESCRIBE_VIDEO> | <QUESTION>."  Questions end in their own mark, so the sentence's full stop is left out.
-PAPER_QUESTION = "Here is the input video embedding: {video} and motion embedding {motion} in different frames, please help me to {question}"
+PAPER = "Here is the input video embedding: {video} and motion embedding {motion} in different frames, please help me to "
+PAPER_QUESTION = PAPER + "{question}"
 # released: one unmarked run of visual tokens, then the time message, then the question.
 RELEASED_QUESTION = "<Video>{video}{motion}</Video> {times}{question}"
 TIMES = "The video contains {count} frames sampled at {seconds} seconds. "
 
 # Captions (stage 1) have no chat format.  paper: the same sentence; the paper does not say what fills its <DESCRIBE_VIDEO> for clips
 # without an anomaly (WebVid), and a question about "the anomaly" would be false there, so a plain request does.
-PAPER_CAPTION = "Here is the input video embedding: {video} and motion embedding {motion} in different frames, please help me to describe the video."
+PAPER_CAPTION = PAPER + "describe the video."
 # released: the prompt list of stage 1 is empty.
 RELEASED_CAPTION = "{video}{motion}"
 
