@@ -41,11 +41,11 @@ class Encoder(nnx.Module):
         self.ln_vision = LayerNorm(rest, c.vit.width, LN_VISION_EPS)
         self.qformer = QFormer(rest, q, c.vit.width, c.remat)
         one = frozen.stacked("copies", 1)       # separate leaves, because the released code trains the second one
-        self.query_tokens = one.param((q.queries, q.width), ("table", "embed"), Init("normal", 0.02))
-        self.query_tokens_motion = None
-        if c.qformer_copies == 2:
-            dtype = "float32" if c.train_query_tokens_motion else None
-            self.query_tokens_motion = one.param((q.queries, q.width), ("table", "embed"), Init("normal", 0.02), dtype)
+
+        def table(dtype=None):
+            return one.param((q.queries, q.width), ("table", "embed"), Init("normal", 0.02), dtype)
+        self.query_tokens = table()
+        self.query_tokens_motion = table("float32" if c.train_query_tokens_motion else None) if c.qformer_copies == 2 else None
         self.config = c
 
     def __call__(self, pictures_NXHWC):
@@ -93,7 +93,11 @@ class Branch(nnx.Module):
         clips, times, queries, width = tokens_BTQE.shape
         x_BTQE = tokens_BTQE.astype(self.dtype) + self.frame_positions[:times, None].astype(self.dtype)
         source_BUE = constrain(x_BTQE.reshape(clips, times * queries, width), "batch", None, None)
-        h_BQD = self.encoder_0(self.proj_0(self.qformer(self.queries[...], source_BUE, dropout_key)))
+        return self.project(self.qformer(self.queries[...], source_BUE, dropout_key))
+
+    def project(self, x_BQE):
+        """The chain of Linear layers without activations; its first two are shared by both results."""
+        h_BQD = self.encoder_0(self.proj_0(x_BQE))
         return self.decoder_2(h_BQD), self.encoder_1(h_BQD)
 
 
