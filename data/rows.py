@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import prompts
+from data import draws, prompts
 from data.text import BOS, EOS, UNK, Tokenizer, clean_caption, times_text
 from hawk_jax.config import ConfigError, HawkError, InputConfig
 
@@ -46,14 +46,14 @@ class Span(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ draws
-def draw(config: InputConfig, clip: int, epoch: int) -> Draw:
-    """Choices for one visit; `clip` is any number >= 0 that names the clip in every run."""
-    u = np.random.default_rng((config.seed, clip, epoch)).random(3)
+def draw(config: InputConfig, clip: str, epoch: int) -> Draw:
+    """Choices for one visit; `clip` names the clip."""
+    u = draws.uniform(3, config.seed, "text", clip, epoch)
     question = int(u[2] * len(prompts.DESCRIPTION_QUESTIONS))
     return Draw(bool(u[0] < config.conversation_share), bool(u[1] < config.description_probability), question)
 
 
-def _description_question(config: InputConfig, clip: int, epoch: int) -> int | None:
+def _description_question(config: InputConfig, clip: str, epoch: int) -> int | None:
     """Index of the question under which the description replaces the first pair, None where it does not.
 
     "in_place" is the released code: the pair stays replaced in later epochs, until another question is drawn for it.  Written as a
@@ -147,7 +147,7 @@ def conversation_spans(tokenizer: Tokenizer, config: InputConfig, queries: int, 
     return spans
 
 
-def _cut(spans: list[Span], limit: int) -> list[Span]:
+def cut(spans: list[Span], limit: int) -> list[Span]:
     """The first `limit` tokens; visual tokens are never cut."""
     kept = []
     for span in spans:
@@ -158,11 +158,11 @@ def _cut(spans: list[Span], limit: int) -> list[Span]:
     return [span for span in kept if len(span.tokens)]
 
 
-def _learns(spans: list[Span]) -> bool:
+def learns(spans: list[Span]) -> bool:
     return any(span.learned for span in spans)
 
 
-def _fitted_conversation(tokenizer, config, queries, rounds, description, times) -> list[Span]:
+def fitted_conversation(tokenizer, config, queries, rounds, description, times) -> list[Span]:
     """Spans of at most input.max_conversation_tokens in which something is learned, where any choice of rounds allows it.
 
     A first question that fills the row leaves no target, a NaN in the released code.  Such a round is skipped; when no round is left the
@@ -172,10 +172,10 @@ def _fitted_conversation(tokenizer, config, queries, rounds, description, times)
     if description:
         tries.append([(prompts.DESCRIPTION_QUESTIONS[0], description)])
     for some in tries:
-        spans = _cut(conversation_spans(tokenizer, config, queries, some, times), config.max_conversation_tokens)
-        if _learns(spans):
+        spans = cut(conversation_spans(tokenizer, config, queries, some, times), config.max_conversation_tokens)
+        if learns(spans):
             return spans
-    return _cut(conversation_spans(tokenizer, config, queries, rounds, times), config.max_conversation_tokens)
+    return cut(conversation_spans(tokenizer, config, queries, rounds, times), config.max_conversation_tokens)
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -235,7 +235,7 @@ def _without_unk_targets(row: Row, config: InputConfig) -> Row:
     return row
 
 
-def _rounds(texts: ClipTexts, question: int | None) -> list[tuple[str, str]]:
+def question_rounds(texts: ClipTexts, question: int | None) -> list[tuple[str, str]]:
     """Question-answer pairs; with `question` the description under that question in place of the first pair."""
     rounds = list(zip(texts.questions, texts.answers, strict=True))
     if texts.description and question is not None:
@@ -248,16 +248,16 @@ def _rounds(texts: ClipTexts, question: int | None) -> list[tuple[str, str]]:
 def conversation_row(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig, queries: int, question: int | None = None,
                      times: Sequence[float] | None = None) -> Row:
     """Video-language segment of the conversation path; `question` asks for the description in place of the first pair."""
-    rounds = _rounds(texts, question)
-    spans = _fitted_conversation(tokenizer, config, queries, rounds, texts.description, times)
+    rounds = question_rounds(texts, question)
+    spans = fitted_conversation(tokenizer, config, queries, rounds, texts.description, times)
     return segment_row(spans, VIDEO_LANGUAGE, config.text_mask == "not_unk")
 
 
-def clip_row(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig, queries: int, *, clip: int, epoch: int,
+def clip_row(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig, queries: int, *, clip: str, epoch: int,
              times: Sequence[float] | None = None, motion_language: bool = True) -> Row:
     """The row of a clip at one visit: video-language, then (if asked) motion-language.  Unpadded 1-D arrays under `KEYS`.
 
-    queries = video_qformer.queries; clip = a number that names the clip in every run; times = seconds of the frames shown, for the
+    queries = video_qformer.queries; clip = its name; times = seconds of the frames shown, for the
     released conversation prompt.  A clip without description is used as a conversation, one without questions and answers as a
     conversation about its description where a conversation is drawn.
     """
@@ -286,49 +286,3 @@ def generation_prompt(tokenizer: Tokenizer, config: InputConfig, queries: int, q
     else:
         spans = _prompt_spans(tokenizer, _first_parts(config, question, times, chat=times is None), queries)
     return segment_row([span._replace(learned=False) for span in spans], VIDEO_LANGUAGE, config.text_mask == "not_unk")
-
-
-# ------------------------------------------------------------------------------------------------ lengths
-@lru_cache(1024)
-def _extreme_times(tokenizer: Tokenizer, count: int, seconds: int) -> tuple[list[float], list[float]]:
-    """`count` times up to `seconds` whose message has the fewest and the most tokens: words are encoded independently of each other."""
-    tenths = [t / 10 for t in range(10 * seconds + 1)]
-
-    def size(form: str):
-        return lambda t: len(tokenizer.pieces.encode(form.format(t)))
-
-    return tuple([best(tenths, key=size("{:.1f},"))] * (count - 1) + [best(tenths, key=size("{:.1f}"))] for best in (min, max))
-
-
-def _conversation_bound(tokenizer, config, queries, rounds, description, extremes) -> tuple[int, int]:
-    lengths = []
-    for times in extremes:
-        spans = _cut(conversation_spans(tokenizer, config, queries, rounds, times), config.max_conversation_tokens)
-        fits = _learns(spans)            # of the last, the longest message: then the first choice of rounds serves for all
-        spans = spans if fits else _fitted_conversation(tokenizer, config, queries, rounds, description, times)
-        lengths.append(sum(len(span.tokens) for span in spans))
-    return min(lengths), max(lengths) if fits or len(lengths) == 1 else config.max_conversation_tokens
-
-
-def length_bound(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig, queries: int, *, motion_language: bool = True,
-                 frames: tuple[int, float] | None = None) -> tuple[int, int]:
-    """Least and greatest length in tokens of `clip_row` over all its draws.
-
-    frames = (frames of a view, seconds of the clip): needed with the released prompt where `clip_row` is given times.  Then the bounds
-    hold for any times in the clip; else they are attained.
-    """
-    bounds = []
-    if texts.description and config.conversation_share < 1:
-        bounds.append((len(caption_row(texts, tokenizer, config, queries)["tokens"]),) * 2)
-    if config.conversation_share > 0 or not texts.description:
-        timed = frames is not None and config.prompt == "released"
-        extremes = _extreme_times(tokenizer, frames[0], int(np.ceil(frames[1]))) if timed else (None,)
-        described = texts.description and (config.description_probability > 0 or not texts.questions)
-        choices = [*range(len(prompts.DESCRIPTION_QUESTIONS))] if described else []
-        if texts.questions and (config.description_probability < 1 or not choices):
-            choices.append(None)
-        for choice in choices or [None]:
-            rounds = _rounds(texts, choice)
-            bounds.append(_conversation_bound(tokenizer, config, queries, rounds, texts.description, extremes))
-    motion = len(motion_row(texts, tokenizer, config, queries)["tokens"]) if motion_language else 0
-    return min(low for low, _ in bounds) + motion, max(high for _, high in bounds) + motion

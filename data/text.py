@@ -97,5 +97,5 @@ def clean_caption(text: str, max_words: int = 50) -> str:
 
 def times_text(times: Iterable[float], template: str) -> str:
     """The time message of hawk.md 5.2; `times` in seconds."""
-    seconds = [f"{float(t):.1f}" for t in times]
+    seconds = [f"{float(str(t)):.1f}" for t in times]            # through the shortest decimal: float32(0.45) rounds as 0.45 does
     return template.format(count=len(seconds), seconds=", ".join(seconds))
