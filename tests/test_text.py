@@ -216,14 +216,14 @@ def test_a_genuine_unk_is_text_unless_the_released_mask_is_asked_for(tmp_path):
 
 
 def test_a_question_that_fills_the_row_gives_way(toy):
-    config = InputConfig(conversation_share=1.0, description_probability=0.0, max_conversation_tokens=120)
+    config = InputConfig(conversation_share=1.0, description_probability=0.0, max_conversation_tokens=140)
     endless = "long " * 200
     row = conversation_row(replace(CLIP, questions=(endless, "Who is it?")), toy, config, 3)
     assert row["targets"][row["loss"] > 0].tolist() == [*toy.plain("A man in red. "), 2]
     row = conversation_row(replace(CLIP, questions=(endless, endless)), toy, config, 3)      # then the description is asked for
     assert row["targets"][row["loss"] > 0].tolist() == [*toy.plain(CLIP.description + " "), 2]
     row = conversation_row(ClipTexts("", (endless,), ("No.",)), toy, config, 3)              # nothing fits: weight 0, no NaN
-    assert len(row["tokens"]) == 120 and not row["loss"].any()
+    assert len(row["tokens"]) == 140 and not row["loss"].any()
     with pytest.raises(ConfigError, match="max_conversation_tokens"):
         conversation_row(CLIP, toy, replace(config, max_conversation_tokens=20), 3)
 
