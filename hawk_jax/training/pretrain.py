@@ -22,7 +22,7 @@ import optax
 from tqdm import tqdm
 
 from hawk_jax.config import HawkConfig, HawkError, PretrainConfig
-from hawk_jax.mesh import make_mesh, put_batch, use
+from hawk_jax.mesh import batch_sharding, make_mesh, use
 from hawk_jax.models import build
 from hawk_jax.training.features import encode_features
 from hawk_jax.training.frozen import save_frozen
@@ -120,7 +120,7 @@ def fit(name: str, loss_fn: Callable, trainable: dict, rest: dict, batches: Iter
     moments, pending = jax.jit(tx.init)(trainable), None
     with tqdm(total=steps, desc=f"stage {name}", unit="step", mininterval=1.0) as bar:
         for n in range(steps):
-            trainable, moments, figures = step(trainable, moments, rest, put_batch(next(batches), mesh))
+            trainable, moments, figures = step(trainable, moments, rest, jax.device_put(next(batches), batch_sharding(mesh)))
             if n % 25 == 24 or n == steps - 1:
                 pending, figures = figures, pending        # read one report late: the host never waits for this step
                 if figures:
