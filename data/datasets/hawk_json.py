@@ -1,0 +1,60 @@
+"""The authors' annotation form (hawk.md 5.1): a JSON list of {"video", "QA": [{"q", "a"}], "description"}.
+
+Two optional keys are ours: "split", and "fps" for a video that is a folder of pictures.
+"""
+import json
+import math
+import re
+from pathlib import Path
+
+from data.datasets import AnnotationError, Entry, text
+
+
+def read(file: Path) -> list[Entry]:
+    """Entries of one file.  AnnotationError names the entry, counted from 0."""
+    try:
+        items = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise AnnotationError(f"{file} cannot be read: {error.strerror}") from error
+    if not isinstance(items, list):
+        raise AnnotationError(f"{file}: expected a list of entries, got {type(items).__name__}")
+    return [_entry(item, f"{file}, entry {number}") for number, item in enumerate(items)]
+
+
+def _entry(item, place: str) -> Entry:
+    if not isinstance(item, dict):
+        raise AnnotationError(f"{place}: expected an object, got {type(item).__name__}")
+    for key in ("video", "description", "QA"):
+        if key not in item:
+            raise AnnotationError(f"{place}: {key!r} is missing")
+    source = text(item["video"], "'video'", place)
+    pairs = _pairs(item["QA"], f"{place} ({source})")
+    return Entry(source=source, description=text(item["description"], "'description'", place, empty=True),
+                 questions=tuple(q for q, _ in pairs), answers=tuple(a for _, a in pairs),
+                 split=_split(item.get("split"), place), fps=_fps(item.get("fps"), place), place=place)
+
+
+def _pairs(value, place: str) -> list[tuple[str, str]]:
+    if not isinstance(value, list):
+        raise AnnotationError(f"{place}: 'QA' must be a list, got {type(value).__name__}")
+    for number, pair in enumerate(value):
+        if not isinstance(pair, dict) or not {"q", "a"} <= pair.keys():
+            raise AnnotationError(f"{place}: 'QA' number {number} must be an object with 'q' and 'a'")
+    return [(text(pair["q"], f"'q' of pair {n}", place), text(pair["a"], f"'a' of pair {n}", place)) for n, pair in enumerate(value)]
+
+
+def _split(value, place: str) -> str | None:
+    # it becomes part of file names
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]+", value)):
+        raise AnnotationError(f"{place}: 'split' must be a word of letters, digits and _, got {value!r}")
+    return value
+
+
+def _fps(value, place: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise AnnotationError(f"{place}: 'fps' must be a positive number, got {value!r}")
+    return float(value)

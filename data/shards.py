@@ -1,0 +1,147 @@
+"""Where `prepare` keeps unfinished work, and how it becomes shards.  What a worker process runs.
+
+Below OUT/.work: one folder per shard with one file per finished clip (record or reason), written under another name and renamed; when all
+clips of a shard are there they become its ArrayRecord file and a line each in its summary, and the folder goes.  So at most the clips that
+are being made are lost when everything dies, and any process can make any clip.
+"""
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+from array_record.python import array_record_module
+
+from data import motion
+from data.clips import make_record
+from data.datasets import Entry
+from data.records import example, features, shard_path, text_row
+from data.video import BadClip
+from hawk_jax.config import HawkError, PrepareConfig
+
+GROUPS = "group_size:1"         # one record a group: random access, as tfds writes it
+
+
+class MakeClip(NamedTuple):
+    """Task: the record of one entry, as clip number `position` of a shard."""
+    split: str
+    shard: int
+    position: int
+    entry: Entry
+
+
+class MakeShard(NamedTuple):
+    """Task: the file of a shard whose `clips` clips are done."""
+    split: str
+    shard: int
+    clips: int
+
+
+class Rejected(NamedTuple):
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Paths of unfinished work of the data set `out`."""
+    out: Path
+
+    @property
+    def root(self) -> Path:
+        return self.out / ".work"
+
+    def clips(self, split: str, shard: int) -> Path:
+        return self.root / f"{split}-{shard:05d}"
+
+    def clip(self, split: str, shard: int, position: int) -> Path:
+        return self.clips(split, shard) / f"{position:07d}"
+
+    def summary(self, split: str, shard: int) -> Path:
+        return self.root / f"{split}-{shard:05d}.jsonl"
+
+
+def write_atomic(path: Path, *parts: bytes) -> None:
+    """Writes a file that is either whole or not there, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> HawkError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    what = "the disk is full" if full else f"cannot be written ({' '.join(str(error).split())[:200]})"
+    return HawkError(f"{path}: {what}; finished clips are kept: run the same command again when there is room")
+
+
+class Worker:
+    """The function of a worker process: makes a clip or a shard, answers with Rejected or None."""
+
+    def __init__(self, out: Path, videos: Path, config: PrepareConfig, spacy: str, flow: Callable = motion.farneback):
+        from data.motion_text import MotionParser
+        cv2.setNumThreads(1)            # clips run in parallel
+        self.folder, self.videos, self.config, self.flow = WorkFolder(out), videos, config, flow
+        self.features, self.parser = features(config), MotionParser(spacy)
+        # held until this process is gone, so that the next `prepare` can wait for those that outlived a killed parent
+        self._lock = open(self.folder.root / "workers.lock", "w")
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def __call__(self, task: MakeClip | MakeShard) -> Rejected | None:
+        return self.clip(task) if isinstance(task, MakeClip) else self.shard(task)
+
+    def clip(self, task: MakeClip) -> Rejected | None:
+        path = self.folder.clip(task.split, task.shard, task.position)
+        try:
+            record = make_record(task.entry, self.videos, self.config, self.parser, self.flow)
+            stored = self.features.serialize_example(example(record))
+        except BadClip as fault:
+            return write_rejected(path, task.entry.source, str(fault))
+        except HawkError:
+            raise
+        except Exception as error:      # one clip never stops the run; the reason says what it was
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return write_rejected(path, task.entry.source, f"unexpected error: {what}")
+        write_atomic(path, json.dumps(text_row(record)).encode(), b"\n", stored)
+        return None
+
+    def shard(self, task: MakeShard) -> None:
+        """Clips in order of position -> ArrayRecord file and summary.  The file comes last: where it is, all is."""
+        path = shard_path(self.folder.out, task.split, task.shard, self.config.shards)
+        temporary = path.with_name(f"incomplete.{os.getpid()}.{path.name}")
+        lines = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = array_record_module.ArrayRecordWriter(str(temporary), GROUPS)
+            for position in range(task.clips):
+                head, _, stored = self.folder.clip(task.split, task.shard, position).read_bytes().partition(b"\n")
+                if stored:
+                    writer.write(stored)
+                lines.append(json.dumps(json.loads(head) | ({"bytes": len(stored)} if stored else {})))
+            writer.close()
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            write_atomic(self.folder.summary(task.split, task.shard), "".join(f"{line}\n" for line in lines).encode())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:        # the writer raises RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise _cannot_write(path, error) from error
+        shutil.rmtree(self.folder.clips(task.split, task.shard), ignore_errors=True)
+
+
+def write_rejected(path: Path, source: str, reason: str) -> Rejected:
+    write_atomic(path, json.dumps({"video": source, "reason": reason}).encode(), b"\n")
+    return Rejected(source, reason)
+
