@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.world_places import background
-from data.world_scenes import SPLITS, Scene, draw_actors, label_row, make_scene, scene_seed
+from data.world_scenes import SCENES_PER_SPLIT, SPLITS, Scene, draw_actors, label_row, make_scene, scene_seed
 from data.world_text import CLASS_PHRASES, CLASS_WORDS, CLASSES, NORMAL, QUESTIONS, all_texts, answer, class_named, describe, references
 from hawk_jax.config import ConfigError, HawkError, WorldConfig, differences, digest, to_dict
 
@@ -63,7 +63,7 @@ def render_frames(scene: Scene, width: int, height: int):
     """Yields the frames of a scene as I420 pictures, u8 [height * 3 / 2, width], sensor noise included."""
     rng = np.random.default_rng(scene.noise)
     base_HWC = cv2.convertScaleAbs(background(scene.place, scene.camera, scene.night, width, height), alpha=scene.gain)
-    more_NHW, less_NHW = _noise(height, width, 3.0 if scene.night else 1.8)
+    more_NHW, less_NHW = _noise(height, width, 2.2 if scene.night else 1.5)
     shake_T2 = _shake_path(scene, width, rng)
     for i, plane in enumerate(rng.integers(NOISE_PLANES, size=scene.frames)):
         frame_HWC = base_HWC.copy()
@@ -88,6 +88,14 @@ def _encode(scene: Scene, width: int, height: int, path: Path) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(yuv_HW, format="yuv420p")))
         container.mux(stream.encode(None))
     part.replace(path)
+
+
+def _check(world: WorldConfig) -> None:
+    if not 0 < world.seconds[0] <= world.seconds[1]:
+        raise ConfigError(f"world.seconds={world.seconds}: expected a shortest and a longest length, both above 0")
+    for split in SPLITS:
+        if not 0 <= (count := getattr(world, f"{split}_clips")) <= SCENES_PER_SPLIT:
+            raise ConfigError(f"world.{split}_clips={count}: expected 0..{SCENES_PER_SPLIT}, one scene seed each")
 
 
 def _classes(world: WorldConfig) -> tuple[str, ...]:
@@ -145,6 +153,8 @@ def _claim(world: WorldConfig, out: Path, force: bool) -> None:
             what = differences(other["world"], mine["world"]) or [f"renderer version: {other['version']} -> {VERSION}"]
             raise HawkError(f"{out} holds another synthetic world ({'; '.join(what)}); give another folder or render with force")
         shutil.rmtree(out / "videos", ignore_errors=True)
+    for part in out.glob("videos/*/.*.part"):    # of a run that was killed
+        part.unlink()
     out.mkdir(parents=True, exist_ok=True)
     _write(mark, json.dumps(mine, indent=1))
 
@@ -165,8 +175,9 @@ def render(world: WorldConfig, out: Path | str, workers: int | None = None, prog
     """Renders the world into `out`; clips that are there already are kept.  Returns {"clips", "rendered", "classes", "bytes"}.
 
     `workers` processes (None: one per available core); they are spawned, so a calling script needs its `__main__` guard.
-    Raises ConfigError for an unknown class, HawkError if `out` holds another world and `force` is off.
+    Raises ConfigError for an unknown class or impossible lengths and counts, HawkError if `out` holds another world and `force` is off.
     """
+    _check(world)
     out, plan = Path(out), _plan(world)
     _claim(world, out, force)
     before = sum((out / f"videos/{split}/{index:05d}.mp4").exists() for split, index, _ in plan)

@@ -119,16 +119,16 @@ def bag(frame_HWC, x: float, y: float, h: float, colour):
 
 
 def fence(frame_HWC, x: float, y: float, h: float):
-    """A panel of steel bars, 1.5 h wide and 0.95 h high."""
+    """A panel of steel bars, 1.5 h wide and 0.76 h high."""
     def at(u, v):
         return x + h * u, y - h * v
-    for v in (0.12, 0.86):
+    for v in (0.12, 0.66):
         _line(frame_HWC, at(-0.75, v), at(0.75, v), DARK, 0.07 * h)
         _line(frame_HWC, at(-0.75, v), at(0.75, v), STEEL, 0.04 * h)
     for i in range(7):
         u = -0.75 + 0.25 * i
-        _line(frame_HWC, at(u, 0), at(u, 0.95), DARK, 0.085 * h)
-        _line(frame_HWC, at(u, 0), at(u, 0.95), STEEL, 0.05 * h)
+        _line(frame_HWC, at(u, 0), at(u, 0.76), DARK, 0.085 * h)
+        _line(frame_HWC, at(u, 0), at(u, 0.76), STEEL, 0.05 * h)
 
 
 def _blend_disc(frame_HWC, x: float, y: float, radius: float, colour, alpha: float):
@@ -170,10 +170,10 @@ def explosion(frame_HWC, x: float, y: float, h: float, age: float):
     if age <= 0:
         return
     if age > 0.5:
-        smoke(frame_HWC, x, y, 1.3 * h, min(1.0, 0.45 + 0.3 * age), age, (38, 35, 34), 0.5)
-    ball = min(1.0, age / 0.2) * max(0.0, 1 - max(0.0, age - 1.0) / 0.6)
+        smoke(frame_HWC, x, y, 1.4 * h, min(1.0, 0.45 + 0.3 * age), age, (38, 35, 34), 0.5)
+    ball = min(1.0, age / 0.2) * max(0.0, 1 - max(0.0, age - 1.3) / 0.7)
     for colour, share in (((240, 90, 15), 1.0), ((255, 190, 40), 0.75), ((255, 255, 220), 0.5)):
         if ball > 0:
             _disc(frame_HWC, (x, y - 0.25 * h), h * ball * share * (0.85 + 0.06 * math.sin(25 * age)), colour)
     if age < 0.35:                      # the flash lights the whole view
-        cv2.convertScaleAbs(frame_HWC, dst=frame_HWC, alpha=1.0, beta=110 * (1 - age / 0.35))
+        cv2.convertScaleAbs(frame_HWC, dst=frame_HWC, alpha=1.0, beta=80 * (1 - age / 0.35))

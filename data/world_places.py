@@ -17,6 +17,7 @@ class Camera:
     kerb: float                         # between pavement and road
     shake: float                        # amplitude in pixels at width 320
     gain: tuple[float, float, float]    # colour cast
+    mirrored: bool = False              # sees the scenery from the other side; traffic still goes to the right
 
     @property
     def walk(self) -> float:            # where feet stand on the pavement
@@ -27,7 +28,9 @@ class Camera:
         return self.kerb + 0.21
 
 
-CAMERAS = (Camera(1.0, 0.66, 0.0, (1.0, 1.0, 1.0)), Camera(0.92, 0.63, 0.0, (1.05, 1.0, 0.93)), Camera(1.08, 0.69, 0.6, (0.94, 1.0, 1.06)))
+CAMERAS = (Camera(1.0, 0.66, 0.0, (1.0, 1.0, 1.0)),
+           Camera(0.92, 0.63, 0.0, (1.05, 1.0, 0.93), True),
+           Camera(1.08, 0.69, 0.6, (0.94, 1.0, 1.06)))
 
 
 class Canvas:
@@ -135,10 +138,12 @@ def background(place: str, camera: int, night: bool, width: int, height: int) ->
     view = CAMERAS[camera]
     canvas = Canvas(width, height)
     _DRAW[place](canvas, view.kerb)
+    if view.mirrored:
+        canvas.frame_HWC = np.ascontiguousarray(canvas.frame_HWC[:, ::-1])
     _road_marks(canvas, view.kerb)
     rng = np.random.default_rng([len(place), ord(place[0]), camera])
     texture_HW1 = cv2.GaussianBlur(rng.normal(0, 1, (height, width)).astype(np.float32), (0, 0), 1.6)[..., None] * 24
-    gain_C = np.array(view.gain) * (np.array((0.36, 0.40, 0.54)) if night else 1.0)
+    gain_C = np.array(view.gain) * (np.array((0.40, 0.44, 0.56)) if night else 1.0)
     frame_HWC = np.clip((canvas.frame_HWC + texture_HW1) * gain_C, 0, 255).astype(np.uint8)
     frame_HWC.setflags(write=False)
     return frame_HWC

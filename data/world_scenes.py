@@ -11,7 +11,7 @@ import numpy as np
 
 from data import world_actors as draw
 from data.world_places import CAMERAS, Camera
-from data.world_text import CLASSES, COLOURS, NORMAL, PLACES
+from data.world_text import COLOURS, NORMAL, PLACES
 
 SPLITS = ("train", "validation", "test")
 PERSON = 0.32                           # height of a standing person, share of the picture's height, at zoom 1
@@ -76,13 +76,13 @@ class Script:
 
     def crossing(self, distance: float) -> np.ndarray:
         """x of a steady way of that length, anywhere in the picture, to either side."""
-        low = self.between(0.5 - distance / 2 - max(0.0, 0.42 - distance / 2), 0.5 - distance / 2 + max(0.0, 0.42 - distance / 2))
-        x_T = low + distance * self.t_T
+        free = max(0.0, 0.84 - distance)                    # what is left of the width between margins of 0.08
+        x_T = 0.5 - distance / 2 + self.between(-free / 2, free / 2) + distance * self.t_T
         return x_T if self.side() > 0 else x_T[::-1]
 
 
 def walking(s: Script):
-    s.add("person", 0, s.crossing(s.between(0.28, 0.38)), s.walk)
+    s.add("person", 0, s.crossing(s.between(0.34, 0.42)), s.walk)
 
 
 def running(s: Script):
@@ -90,7 +90,7 @@ def running(s: Script):
 
 
 def loitering(s: Script):
-    middle, half, turns = s.between(0.25, 0.75), s.between(0.075, 0.095), s.between(4.0, 5.0)
+    middle, half, turns = s.between(0.25, 0.75), s.between(0.085, 0.105), s.between(4.0, 5.0)
     swing_T = np.arcsin(np.sin(np.pi * (turns * s.t_T + s.between(0, 2)))) * 2 / np.pi
     s.add("person", 0, middle + half * swing_T, s.walk)
 
@@ -144,7 +144,7 @@ def _road_crossing(s: Script, contact: float):
     """x and y of a person who walks straight over the road and is in the middle of the lane at time `contact`."""
     x, first, pace = s.between(0.52, 0.62), s.walk, (s.drive - 0.03 - s.walk) / (contact - 0.08)
     y_T = first + pace * np.clip(s.t_T - 0.08, 0, None)
-    return x, np.minimum(y_T, 1.06 if contact < 1 else 1.0)
+    return x, np.minimum(y_T, 1.06)
 
 
 def collision(s: Script):
@@ -185,22 +185,24 @@ def chase(s: Script):
 
 def abandoned_bag(s: Script):
     down, side, x = s.between(0.33, 0.42), s.side(), s.between(0.42, 0.58)
-    person_T = x - side * (0.06 + 0.22 * (1 - s.ramp(0, down))) + side * 0.5 * s.ramp(down + 0.1, 1.05) * -s.side()
-    carried_T = s.ramp(down, down + 0.08)
-    s.add("person", 0, person_T, s.walk)
+    person_T = x - side * (0.06 + 0.22 * (1 - s.ramp(0, down))) + s.side() * 0.5 * s.ramp(down + 0.1, 1.05)
     bag_T = np.where(s.t_T < down, person_T + side * 0.06, x)
-    s.add("bag", 1, bag_T, s.walk + 0.02 - 0.35 * s.tall * (1 - carried_T), front=s.walk + 0.02, lift=0.16)
+    carried_T = 1 - s.ramp(down, down + 0.08)
+    s.add("person", 0, person_T, s.walk)
+    s.add("bag", 1, bag_T, s.walk + 0.02 - 0.35 * s.tall * carried_T, front=s.walk + 0.02, lift=0.16)
 
 
 def fence_climbing(s: Script):
     x, side, up, over = s.between(0.35, 0.65), s.side(), s.between(0.18, 0.25), s.between(0.55, 0.62)
     way_T = 0.16 * (s.ramp(0, up) - 1) + 0.26 * s.ramp(0.86, 1.1)
     raised_T = s.ramp(up, over) - s.ramp(over + 0.08, 0.86)
-    s.add("person", 0, x + side * way_T, s.walk - 0.95 * s.tall * raised_T, front=np.where(s.t_T < over + 0.04, 0.02, -0.04) + s.walk)
-    s.add("fence", 2, x, s.walk, lift=0.45)
+    s.add("person", 0, x + side * way_T, s.walk - 0.76 * s.tall * raised_T, front=np.where(s.t_T < over + 0.04, 0.02, -0.04) + s.walk)
+    s.add("fence", 2, x, s.walk, lift=0.38)
 
 
-SCRIPTS = {name: globals()[name] for name in CLASSES}
+SCRIPTS = {script.__name__: script for script in (
+    walking, driving, standing_up, empty, wrong_way, running, falling, pavement_cycling, pavement_car, fire, explosion, collision, fight,
+    chase, abandoned_bag, loitering, fence_climbing, jaywalking)}
 
 
 def scene_seed(world_seed: int, split: str, index: int) -> int:
@@ -218,7 +220,7 @@ def make_scene(seed: int, name: str, width: int, height: int, fps: int, seconds:
     script = Script(scene, width / height, rng)
     SCRIPTS[name](script)
     if name != "fence_climbing" and rng.random() < 0.2:     # a fence alone must not mean climbing
-        script.add("fence", 2, script.between(0.15, 0.85), script.walk - 0.06, lift=0.45)
+        script.add("fence", 2, script.between(0.15, 0.85), script.walk - 0.03, lift=0.38)
     scene.colours = tuple(c if any(t.colour == c for t in scene.tracks) else "" for c in scene.colours)
     return scene
 
@@ -228,7 +230,7 @@ def _draw_track(frame_HWC, track: Track, i: int, scene: Scene, light: float):
     h = PERSON * scene.view.zoom * height
     x, y, time = track.x_T[i] * width, track.y_T[i] * height, i / scene.fps
     colour = tuple(round(v * light) for v in COLOURS.get(track.colour, (0, 0, 0)))
-    walked = (abs(track.x_T[i] - track.x_T[0]) * width + abs(track.y_T[i] - track.y_T[0]) * height) / h
+    walked = (x + y) / h                # steps belong to places on the ground: played backwards, the same pictures appear
     angle = float(track.angle_T[i])
     if track.kind in ("person", "car", "bicycle"):
         reach = {"person": 0.22 + 0.3 * abs(angle), "car": 0.8, "bicycle": 0.5}[track.kind]
