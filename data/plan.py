@@ -167,7 +167,7 @@ class Plan:
         if same:
             return samples
         if at:
-            raise ConfigError(f"input.clips={self.clips}: the run stopped after {at} of {old.steps(epoch)} batches of epoch "
-                              f"{epoch} with input.clips={saved_clips}; with several buckets another batch size can only begin an epoch: "
-                              f"go on with input.clips={saved_clips}")
+            raise ConfigError(f"input.clips={self.clips}: the run ended after {at} of {old.steps(epoch)} batches of epoch {epoch}; "
+                              f"with several buckets another batch size can only begin an epoch: go on with "
+                              f"input.clips={saved_clips}")
         return self.start(epoch) * self.clips
