@@ -3,50 +3,72 @@
 They serve the synthetic world only: a machine without a LLaMA-2 tokenizer or a spaCy model can still run the demo.
 """
 import io
+import re
 import string
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from data import prompts
+from data.text import Tokenizer
+from data.world_text import all_texts
 
 FOLDER = Path(__file__).parent / "embedded"
-VOCABULARY = 512                         # the demo's decoder has that many rows
+VOCABULARY = 512                         # rows of the demo's decoder; the model may have fewer pieces
+PROMPT_WEIGHT = 20                       # a prompt is in every row, a sentence of the world in few
+MARKS = ("\u2581[INST]", "\u2581[/INST]", "<<SYS>>", "<</SYS>>", "<Video>", "\u2581</Video>", "Here")    # glued to what stands before
 
 
+# ------------------------------------------------------------------------------------------------ pieces
 def prompt_texts() -> list[str]:
     """Every text of data/prompts.py as the rows encode it, without line breaks (they are a piece of their own)."""
-    templates = [prompts.PAPER_CAPTION, prompts.PAPER_QUESTION, prompts.RELEASED_QUESTION, prompts.SYSTEM]
-    texts = [piece.format(question="", times="", system="").strip() for t in templates for piece in t.replace("{video}", "\n")
-             .replace("{motion}", "\n").split("\n")]
+    templates = [prompts.PAPER_CAPTION, prompts.PAPER_QUESTION, prompts.RELEASED_QUESTION, prompts.SYSTEM, prompts.TIMES]
+    texts = [text.format(question="", times="", system="", count="", seconds="").strip()
+             for template in templates for text in re.split(r"\{video\}|\{motion\}|\n", template)]
     texts += [prompts.ROUND.format(message=question) for question in prompts.DESCRIPTION_QUESTIONS]
     return [text for text in texts if text]
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
-    """BPE with the conventions of LLaMA-2's model, except that what it cannot spell is unk: 256 byte pieces would be half the table."""
+    """A sentencepiece model with LLaMA-2's conventions, in which nearly every word of `texts` is one piece.
+
+    Not LLaMA-2's BPE: with 512 pieces BPE spends a third of them on parts of words (1.35 pieces a word against 1.1).  What it cannot
+    spell is unk, as 256 byte pieces would be half the table; printable ASCII and line breaks it can.
+    """
+    words = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    seeds = {f"\u2581{word}": count for word, count in words.items()} | dict.fromkeys(MARKS, PROMPT_WEIGHT)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=VOCABULARY, model_type="bpe", character_coverage=1.0,
-        byte_fallback=False, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=True, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
-        required_chars=string.ascii_letters + string.digits + ".,:;!?'\"()[]<>/-+*#%&@_=~", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        num_threads=1, minloglevel=2)
-    path.write_bytes(model.getvalue())
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as file:
+        file.write("".join(f"{piece}\t{count}\n" for piece, count in sorted(seeds.items(), key=lambda item: (-item[1], item[0]))))
+        file.flush()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=VOCABULARY, hard_vocab_limit=False,
+            seed_sentencepieces_file=file.name, character_coverage=1.0, required_chars=string.printable[:94], byte_fallback=False,
+            user_defined_symbols=["\n"], split_digits=True, split_by_unicode_script=False, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")    # the name of a temporary file: without it every run gives the same bytes
+    path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def tokenizer_texts() -> list[str]:
-    """Prompts and the synthetic world's sentences."""
-    return prompt_texts() * 20 + [
-        "A man in a red coat falls on the pavement near the station, which is abnormal because people usually walk there.",
-        "What happens in the video?", "Who is involved?", "Nothing abnormal happens.", "A blue car drives along the road at night."] * 20
+def make_tokenizer() -> str:
+    texts = prompt_texts() * PROMPT_WEIGHT + all_texts()
+    train_tokenizer(texts, FOLDER / "tokenizer.model")
+    tokenizer = Tokenizer("embedded")
+    units = sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in all_texts())
+    pieces = sum(len(tokenizer.plain(text)) for text in all_texts())
+    return f"tokenizer.model: {tokenizer.size} pieces, {pieces / units:.2f} a word or mark of the synthetic world, digest {tokenizer.digest}"
 
 
+# ------------------------------------------------------------------------------------------------ command
 def main(parts: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     if not parts or "tokenizer" in parts:
-        train_tokenizer(tokenizer_texts(), FOLDER / "tokenizer.model")
+        print(make_tokenizer())
 
 
 if __name__ == "__main__":

@@ -46,14 +46,14 @@ class Span(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ draws
-def draw(config: InputConfig, clip: str, epoch: int) -> Draw:
+def draw(config: InputConfig, clip: int | str, epoch: int) -> Draw:
     """Choices for one visit; `clip` names the clip."""
     u = draws.uniform(3, config.seed, "text", clip, epoch)
     question = int(u[2] * len(prompts.DESCRIPTION_QUESTIONS))
     return Draw(bool(u[0] < config.conversation_share), bool(u[1] < config.description_probability), question)
 
 
-def _description_question(config: InputConfig, clip: str, epoch: int) -> int | None:
+def _description_question(config: InputConfig, clip: int | str, epoch: int) -> int | None:
     """Index of the question under which the description replaces the first pair, None where it does not.
 
     "in_place" is the released code: the pair stays replaced in later epochs, until another question is drawn for it.  Written as a
@@ -253,7 +253,7 @@ def conversation_row(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig
     return segment_row(spans, VIDEO_LANGUAGE, config.text_mask == "not_unk")
 
 
-def clip_row(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig, queries: int, *, clip: str, epoch: int,
+def clip_row(texts: ClipTexts, tokenizer: Tokenizer, config: InputConfig, queries: int, *, clip: int | str, epoch: int,
              times: Sequence[float] | None = None, motion_language: bool = True) -> Row:
     """The row of a clip at one visit: video-language, then (if asked) motion-language.  Unpadded 1-D arrays under `KEYS`.
 

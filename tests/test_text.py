@@ -1,6 +1,7 @@
 """Tokenizer and rows against the authors' tokens and labels (goldens), sentencepiece itself, and brute force over all draws."""
 import json
 import pickle
+import re
 import time
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from data.rows import (
     segment_row,
 )
 from data.text import Tokenizer, clean_caption, times_text
+from data.world_text import all_texts
 from hawk_jax.config import ConfigError, HawkConfig, HawkError, InputConfig, released
 
 IMAGE = 480                              # id of <ImageHere> in the goldens
@@ -305,3 +307,18 @@ def test_a_batch_of_rows_takes_milliseconds(toy):
             clip_row(text, toy, config, 32, clip=str(i), epoch=epoch)
         best = min(best, time.perf_counter() - start)
     assert best < 0.05                   # 3 ms on a quiet core; the step it must hide behind takes hundreds
+
+
+# ------------------------------------------------------------------------------------------------ the embedded pieces
+def test_embedded_pieces_spell_the_world_and_the_prompts_without_unk():
+    world = Tokenizer("embedded")
+    texts = all_texts()
+    ids = [world.plain(text) for text in texts]
+    assert [world.decode(i) for i in ids] == texts and not any((i == 0).any() for i in ids)
+    words = sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts)
+    assert sum(map(len, ids)) < 1.2 * words and world.size <= 512        # the demo's decoder has 512 rows
+    for config in (InputConfig(conversation_share=1.0), replace(STAGE_2, conversation_share=1.0), InputConfig()):
+        for question in (*prompts.DESCRIPTION_QUESTIONS, "Ünknown?"):
+            row = generation_prompt(world, config, 8, question, times=[0.0, 12.3])
+            assert ((row["tokens"] == 0) & (row["slot"] < 0)).sum() == ("Ü" in question)
+    assert world.decode(world.plain('Any {"printable"} ASCII: a\nb ~ 10 %.')) == 'Any {"printable"} ASCII: a\nb ~ 10 %.'
