@@ -109,7 +109,8 @@ def _clock(stamps: list[float | None], fps: float) -> tuple[np.ndarray, float]:
     if None in stamps or any(b <= a for a, b in zip(stamps, stamps[1:])):
         stamps = [n / fps for n in range(len(stamps))]
     times = np.array(stamps, np.float64) - stamps[0]
-    return times.astype(np.float32), float((len(times) - 1) / times[-1]) if len(times) > 1 else float(fps)
+    mean = (len(times) - 1) / times[-1] if len(times) > 1 else fps
+    return times.astype(np.float32), float(np.float32(mean))       # as it is stored: protobuf examples have no float64
 
 
 def _provenance(content: str, faults: int, parser, config: PrepareConfig) -> str:

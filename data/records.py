@@ -21,6 +21,7 @@ from hawk_jax.config import HawkError, PrepareConfig, differences, to_dict
 
 NAME, VERSION = "hawk_clips", "1.0.0"
 READS = "1."            # versions of this reader: the first number changes when old readers would go wrong
+LISTS = ("questions", "answers", "phrases", "direct_phrases")   # lists of texts
 
 
 class RecordError(HawkError):
@@ -141,7 +142,7 @@ def features(config: PrepareConfig) -> tfds.features.FeaturesDict:
         "mask_bits_NHW8": array(np.uint8, None, s, (s + 7) // 8, encoding="bytes"),
         "magnitude_NHW": array(np.uint8, None, s, s, encoding="bytes"), "flow_max_N": array(np.float32, None),
         "view_VT": array(np.int32, *views), "motion_view_VT": array(np.int32, *views), "first_motion": array(np.int32),
-        "fps": array(np.float64), "raw_frames": array(np.int32), "width": array(np.int32), "height": array(np.int32),
+        "fps": array(np.float32), "raw_frames": array(np.int32), "width": array(np.int32), "height": array(np.int32),
         "description": f.Text(), "questions": texts, "answers": texts, "phrases": texts, "direct_phrases": texts, "provenance": f.Text(),
     })
 
@@ -177,14 +178,14 @@ def _record(stored: dict) -> Record:
 
 
 def _python(name: str, value):
-    """tfds gives bytes for Text and numpy scalars; frames stay bytes."""
+    """tfds gives bytes for Text, numpy scalars, and lists as lists or arrays of objects; frames stay bytes."""
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, np.ndarray) and value.ndim == 0 or isinstance(value, np.generic):
+    if isinstance(value, np.generic):
         return value.item()
-    if name == "frames" or not isinstance(value, list):
-        return value
-    return [v.decode() for v in value]
+    if name == "frames":
+        return list(value)
+    return [v.decode() for v in value] if name in LISTS else value
 
 
 class Keep(tfds.decode.Decoder):
