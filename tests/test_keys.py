@@ -2,6 +2,7 @@
 import dataclasses
 import json
 
+import golden_weights as separate_mapping
 import jax
 import numpy as np
 import pytest
@@ -87,6 +88,13 @@ def test_layouts_match_the_operations_they_stand_for():
     q, k, v = (x_M @ vit["blocks"]["attention"]["qkv"][0, 1, :, j] for j in range(3))
     theirs = torch.nn.functional.linear(torch.from_numpy(x_M), tensors["visual_encoder.blocks.1.attn.qkv.weight"])
     np.testing.assert_allclose(np.concatenate([q, k, v]), theirs.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_agrees_with_the_mapping_the_golden_tests_use(shared):
+    """tests/golden_weights.py was written apart from the table, by another hand, from the specification's lists."""
+    weights = golden_weights(shared, "full_model_stage1")
+    other = separate_mapping.from_torch(weights, SMALL)
+    jax.tree.map(np.testing.assert_array_equal, keys.from_torch(weights, SMALL), other)
 
 
 def test_parts_read_a_unit_alone(shared):
