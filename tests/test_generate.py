@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from golden_weights import LLAMA, TINY, golden
 
 from data.rows import KEYS, generation_prompt
@@ -20,11 +21,13 @@ QUERIES = TINY.video_qformer.queries
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Random weights, with a large head: the likeliest token then leads by far more than rounding."""
-    params = build.init_params(TINY, jax.random.key(0))
-    params["llama"]["lm_head"]["kernel"] *= 20
-    params["llama"]["embed_tokens"] *= 50
-    return params
+    """Random weights, with a large head and embedding: the likeliest token then leads by far more than rounding."""
+    draw = np.random.default_rng(0)
+    flat = {path: np.float32(draw.normal(0, leaf.shape[-2] ** -0.5, leaf.shape)) if leaf.ndim > 2 else np.ones(leaf.shape, np.float32)
+            for path, leaf in build.flatten(build.abstract_params(TINY)).items()}
+    for path in (("llama", "embed_tokens"), ("llama", "lm_head", "kernel")):
+        flat[path] = np.float32(draw.normal(0, 1, flat[path].shape))
+    return unflatten_dict(flat)
 
 
 def row(texts: list[int], slots: int) -> dict:
