@@ -191,19 +191,19 @@ def render(world: WorldConfig, out: Path | str, workers: int | None = None, prog
     return {"clips": len(plan), "rendered": len(plan) - before, "classes": list(_classes(world)), "bytes": size}
 
 
-def contact_sheet(out_png: Path | str, world: WorldConfig | None = None, columns: int = 8, width: int = 96) -> None:
-    """A picture of one clip of each class, `columns` frames side by side, for the documentation."""
+def contact_sheet(out_png: Path | str, world: WorldConfig | None = None, columns: int = 8, width: int = 72) -> None:
+    """A picture of one clip of each class, `columns` frames side by side, for the documentation; 16 levels a channel keep it small."""
     world = world or WorldConfig()
     height, rows = width * world.height // world.width, []
     for number, name in enumerate(CLASSES):
         scene = make_scene(scene_seed(world.seed, "test", number), name, world.width, world.height, world.fps, world.seconds)
         chosen = set(np.linspace(0, scene.frames - 1, columns).round().astype(int).tolist())
-        frames = [cv2.resize(cv2.cvtColor(f_HW, cv2.COLOR_YUV2BGR_I420), (width, height), interpolation=cv2.INTER_AREA)
+        frames = [cv2.resize(cv2.cvtColor(f_HW, cv2.COLOR_YUV2BGR_I420), (width, height), interpolation=cv2.INTER_AREA) & 0xF0 | 8
                   for i, f_HW in enumerate(render_frames(scene, world.width, world.height)) if i in chosen]
-        title_HWC = np.full((height, 150, 3), 255, np.uint8)
+        title_HWC = np.full((height, 140, 3), 255, np.uint8)
         colour = (0, 110, 0) if name in NORMAL else (0, 0, 170)
-        cv2.putText(title_HWC, name.replace("_", " "), (4, height // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
-        rows.append(np.concatenate([title_HWC, *frames], axis=1))
-    sheet_HWC = np.concatenate(rows, axis=0)
+        cv2.putText(title_HWC, name.replace("_", " "), (4, height // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+        white = dict.fromkeys(("top", "bottom", "left", "right"), 1) | {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
+        rows.append(np.concatenate([cv2.copyMakeBorder(part_HWC, **white) for part_HWC in (title_HWC, *frames)], axis=1))
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(out_png), sheet_HWC, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    cv2.imwrite(str(out_png), np.concatenate(rows, axis=0), [cv2.IMWRITE_PNG_COMPRESSION, 9])
