@@ -79,9 +79,10 @@ def test_llama_decoding_with_a_cache(shared):
     h, cache = decoder.prefill(x_RSD, jnp.ones((1, 19)), jnp.arange(19)[None], decoder.init_cache(1, 32))
     close(decoder.logits(h), outputs["prefill_logits"])
     steps = []
+    step = jax.jit(decoder.step)
     for number, slot in enumerate(range(19, 23)):
         x_RD = decoder.embed(inputs["decode_step_ids"][:, number])
-        h, cache = decoder.step(x_RD, jnp.array([slot]), jnp.arange(32)[None] < slot, slot, cache)
+        h, cache = step(x_RD, jnp.array([slot]), jnp.arange(32)[None] < slot, slot, cache)
         steps.append(decoder.logits(h))
     close(jnp.stack(steps, 1), outputs["decode_logits"])
 

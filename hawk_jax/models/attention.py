@@ -2,19 +2,19 @@
 import jax
 import jax.numpy as jnp
 
-from hawk_jax.models.layers import dropout
 
-
-def attend(q_BSAK, k_BUAK, v_BUAK, mask_BSU=None, *, rate: float = 0.0, keys_B=None, site: int = 0):
+def attend(q_BSAK, k_BUAK, v_BUAK, mask_BSU=None, drop=None):
     """softmax(q k / sqrt(K)) v -> o_BSAK.
 
-    mask_BSU: True where a query may look; every query needs at least one key.  rate, keys_B, site: dropout of the weights (BERT).
+    mask_BSU: True where a query may look; every query needs at least one key.  drop: a function applied to the weights (BERT).
     Scores and softmax are float32, as the reference has them: golden parity, and bf16 scores lose the small weights.
     """
     scores_BASU = jnp.einsum("BSAK,BUAK->BASU", q_BSAK * q_BSAK.shape[-1] ** -0.5, k_BUAK, preferred_element_type=jnp.float32)
     if mask_BSU is not None:
         scores_BASU = jnp.where(mask_BSU[:, None], scores_BASU, jnp.finfo(jnp.float32).min)
-    weights_BASU = dropout(jax.nn.softmax(scores_BASU, axis=-1).astype(v_BUAK.dtype), rate, keys_B, site)
+    weights_BASU = jax.nn.softmax(scores_BASU, axis=-1).astype(v_BUAK.dtype)
+    if drop is not None:
+        weights_BASU = drop(weights_BASU)
     return jnp.einsum("BASU,BUAK->BSAK", weights_BASU, v_BUAK)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from hawk_jax.axes import param_shardings
 from hawk_jax.config import HawkError, ModelConfig
 from hawk_jax.models.hawk import Hawk
+from hawk_jax.models.layers import Init
 
 
 class ParamsError(HawkError):
@@ -63,17 +64,23 @@ def shardings(config: ModelConfig, mesh, strategy: str) -> dict:
     return param_shardings(logical_axes(config), mesh, strategy)
 
 
+@functools.lru_cache(maxsize=256)
+def _drawer(init_kind: str, shape, dtype, sharding):
+    """One small program per kind and shape, shared by all leaves that have them: compiling one program of all leaves takes longer."""
+    return jax.jit(lambda key, scale: Init(init_kind, scale).draw(key, shape, dtype), out_shardings=sharding)
+
+
 def init_params(config: ModelConfig, key, shardings=None) -> dict:
-    """Initial values, made on the devices where they belong (one jitted program; every leaf has its own key, made from its path).
+    """Initial values, made on the devices where they belong; every leaf has its own key, made from its path.
 
     shardings: the tree of `shardings`, or None for the default device.  The values are the same on every mesh.
     """
-    _, variables = _structure(config)
-
-    def draw(key):
-        return _nest({path: v.init.draw(jax.random.fold_in(key, zlib.crc32("/".join(path).encode())), v.get_value().shape,
-                                        v.get_value().dtype) for path, v in variables.items()})
-    return jax.jit(draw, out_shardings=shardings)(key)
+    places, flat = flatten(shardings) if shardings else {}, {}
+    for path, v in _structure(config)[1].items():
+        abstract, own = v.get_value(), jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        draw = _drawer(v.init.kind, abstract.shape, abstract.dtype, places.get(path))
+        flat[path] = draw(own, v.init.scale)
+    return _nest(flat)
 
 
 def bind(config: ModelConfig, params: dict) -> Hawk:

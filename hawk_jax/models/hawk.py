@@ -138,11 +138,10 @@ class Hawk(nnx.Module):
             part = jax.tree.map(lambda x: constrain(x.reshape(shards * size, *x.shape[2:]), "batch"), part)
             tokens_NXQE = constrain(self.encoder(pictures.both_branches(part, self.config)), "batch")
             return tokens_NXQE.reshape(shards, size, *tokens_NXQE.shape[1:])
-        if chunks == 1:
-            tokens = chunk(flat)
-        else:
-            tokens = jax.lax.map(chunk, jax.tree.map(cut, flat)).swapaxes(0, 1)
-        return tokens.reshape(shards, chunks * size, *tokens.shape[-3:])[:, :each].reshape(shards * each, *tokens.shape[-3:])
+        parts = jax.tree.map(cut, flat)
+        tokens = jax.lax.map(chunk, parts) if chunks > 1 else chunk(jax.tree.map(lambda x: x[0], parts))[None]
+        tokens = tokens.swapaxes(0, 1).reshape(shards, chunks * size, *tokens.shape[-3:])[:, :each]
+        return tokens.reshape(shards * each, *tokens.shape[-3:])
 
     def branch_tokens(self, video_BTQE, motion_BTQE, *, dropout_key=None):
         """(visual_BQD with the video's then the motion's tokens, video_BQZ, motion_BQZ); dropout only with a key.
@@ -151,8 +150,8 @@ class Hawk(nnx.Module):
         """
         video_key = motion_key = None
         if dropout_key is not None:
-            keys_B = row_keys(dropout_key, video_BTQE.shape[0])
-            video_key, motion_key = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, branch) for branch in (0, 1))
+            video_key = row_keys(dropout_key, video_BTQE.shape[0])
+            motion_key = jax.vmap(jax.random.fold_in, (0, None))(video_key, 1)
         video_BQD, video_BQZ = self.video(video_BTQE, video_key)
         motion_BQD, motion_BQZ = self.motion(motion_BTQE, motion_key)
         return jnp.concatenate([video_BQD, motion_BQD], axis=1), video_BQZ, motion_BQZ

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hawk_jax.axes import Axes
+from hawk_jax.axes import Axes, constrain
 
 
 class Init(NamedTuple):
@@ -114,13 +114,27 @@ def row_keys(key, rows: int):
     return key if key.shape else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def dropout(x, rate: float, keys_B, site: int):
-    """Zeroes entries with probability `rate` and rescales the rest; keys_B None = evaluation.  `site` tells places apart."""
-    if keys_B is None or rate == 0.0:
-        return x
-    limit = jnp.uint32(round(rate * 2**32))
-    bits = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, site), x.shape[1:], jnp.uint32))(keys_B)
-    return jnp.where(bits >= limit, x / (1.0 - rate), jnp.zeros((), x.dtype))
+def keep_mask(keys_B, rate: float, size: int):
+    """keep_BN of `size` entries per row, each True with probability 1 - rate.
+
+    One draw for a whole Q-Former, because every draw is a program of its own to compile: twenty of them take seconds.
+    """
+    bits_BN = jax.vmap(lambda key: jax.random.bits(key, (size,), jnp.uint32))(keys_B)
+    return constrain(bits_BN >= jnp.uint32(round(rate * 2**32)), "batch")
+
+
+class Drop:
+    """Dropout that takes its masks from keep_BN in the order of use; keep_BN None = evaluation.  Lives for one trace of one layer."""
+
+    def __init__(self, keep_BN, rate: float):
+        self.keep_BN, self.rate, self.used = keep_BN, rate, 0
+
+    def __call__(self, x):
+        if self.keep_BN is None:
+            return x
+        start, self.used = self.used, self.used + math.prod(x.shape[1:])
+        keep = self.keep_BN[:, start:self.used].reshape(x.shape)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
 
 
 def rematerialise(body, remat: str):

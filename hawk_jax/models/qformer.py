@@ -4,18 +4,13 @@ BERT geometry: post-norm residuals, exact GELU; only the query side of BLIP-2's 
 Layers are stacked in periods of `cross_attention_freq`, whose first layer has cross-attention; layer = period x freq + offset.
 `periods` holds one stacked module per offset, `tail` the unstacked layers that do not fill a period.
 """
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hawk_jax.config import QFormerConfig
 from hawk_jax.models.attention import attend, merge_heads, split_heads
 from hawk_jax.models.eva_vit import Mlp
-from hawk_jax.models.layers import Declare, LayerNorm, Linear, dropout, row_keys, scan_layers
-
-# Sites of dropout inside a layer; keys are folded with the layer's number first.
-SELF_WEIGHTS, SELF_OUTPUT, CROSS_WEIGHTS, CROSS_OUTPUT, MLP_OUTPUT = range(5)
-EMBEDDING = 10**6       # "layer number" of the dropout after the first norm
+from hawk_jax.models.layers import Declare, Drop, LayerNorm, Linear, keep_mask, row_keys, scan_layers
 
 
 class QFormerAttention(nnx.Module):
@@ -27,13 +22,12 @@ class QFormerAttention(nnx.Module):
         self.value = Linear(declare, inputs, c.width, ("embed", "heads"))
         self.output = Linear(declare, c.width, c.width, ("heads", "embed"))
         self.norm = LayerNorm(declare, c.width, c.eps)
-        self.heads, self.rate = c.heads, c.dropout
+        self.heads = c.heads
 
-    def __call__(self, x_BQE, source_BUE, keys_B, site: int):
+    def __call__(self, x_BQE, source_BUE, drop: Drop):
         q, k, v = self.query(x_BQE), self.key(source_BUE), self.value(source_BUE)
         q, k, v = (split_heads(y, self.heads) for y in (q, k, v))
-        out_BQE = self.output(merge_heads(attend(q, k, v, rate=self.rate, keys_B=keys_B, site=site)))
-        return self.norm(x_BQE + dropout(out_BQE, self.rate, keys_B, site + 1))
+        return self.norm(x_BQE + drop(self.output(merge_heads(attend(q, k, v, drop=drop)))))
 
 
 class QFormerLayer(nnx.Module):
@@ -44,11 +38,13 @@ class QFormerLayer(nnx.Module):
         self.norm = LayerNorm(declare, c.width, c.eps)
         self.rate = c.dropout
 
-    def __call__(self, x_BQE, source_BUE, keys_B):
-        x_BQE = self.attention(x_BQE, x_BQE, keys_B, SELF_WEIGHTS)
+    def __call__(self, x_BQE, source_BUE, keep_BN=None):
+        """keep_BN: dropout mask of this layer, as QFormer._masks cuts it; None = evaluation."""
+        drop = Drop(keep_BN, self.rate)
+        x_BQE = self.attention(x_BQE, x_BQE, drop)
         if self.crossattention is not None:
-            x_BQE = self.crossattention(x_BQE, source_BUE, keys_B, CROSS_WEIGHTS)
-        return self.norm(x_BQE + dropout(self.mlp(x_BQE), self.rate, keys_B, MLP_OUTPUT))
+            x_BQE = self.crossattention(x_BQE, source_BUE, drop)
+        return self.norm(x_BQE + drop(self.mlp(x_BQE)))
 
 
 class QFormer(nnx.Module):
@@ -61,22 +57,32 @@ class QFormer(nnx.Module):
         self.norm = LayerNorm(declare, c.width, c.eps)
         self.periods = nnx.List([QFormerLayer(stacked, c, w) for w in width] if count else [])
         self.tail = nnx.List([QFormerLayer(declare, c, w) for w in width[:rest]])
-        self.count, self.freq, self.rate, self.remat = count, c.cross_attention_freq, c.dropout, remat
+        self.config, self.remat = c, remat
 
     def __call__(self, queries_QE, source_BUE, dropout_key=None):
-        batch, dtype = source_BUE.shape[0], source_BUE.dtype
-        keys_B = None if dropout_key is None or self.rate == 0.0 else row_keys(dropout_key, batch)
-        x_QE = self.norm(queries_QE.astype(dtype))
-        x_BQE = dropout(jnp.broadcast_to(x_QE, (batch, *x_QE.shape)), self.rate, _fold(keys_B, EMBEDDING), 0)
+        """dropout_key: one key or one per row of the batch (layers.row_keys); None = evaluation."""
+        c, batch = self.config, source_BUE.shape[0]
+        keep_BN, keep_LBN = self._masks(dropout_key, batch, source_BUE.shape[1])
+        x_QE = self.norm(queries_QE.astype(source_BUE.dtype))
+        x_BQE = Drop(keep_BN, c.dropout)(jnp.broadcast_to(x_QE, (batch, *x_QE.shape)))
 
-        def period(x_BQE, layers, first, source_BUE=source_BUE):
-            for offset, layer in enumerate(layers):
-                x_BQE = layer(x_BQE, source_BUE, _fold(keys_B, first + offset))
+        def period(x_BQE, layers, keep_LBN):
+            for number, layer in enumerate(layers):
+                x_BQE = layer(x_BQE, source_BUE, None if keep_LBN is None else keep_LBN[number])
             return x_BQE
-        if self.count:
-            x_BQE = scan_layers(period, x_BQE, self.periods, jnp.arange(self.count) * self.freq, remat=self.remat)
-        return period(x_BQE, self.tail, self.count * self.freq)
+        stacked, tail = keep_LBN, keep_LBN
+        if keep_LBN is not None:
+            cut = c.depth - len(self.tail)
+            stacked, tail = keep_LBN[:cut].reshape(-1, c.cross_attention_freq, *keep_LBN.shape[1:]), keep_LBN[cut:]
+        if self.periods:
+            x_BQE = scan_layers(period, x_BQE, self.periods, stacked, remat=self.remat)
+        return period(x_BQE, self.tail, tail)
 
-
-def _fold(keys_B, number):
-    return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+    def _masks(self, dropout_key, batch: int, source: int):
+        """Dropout masks: keep_BN after the first norm, and keep_LBN of the layers (self weights, output, cross weights, output, mlp)."""
+        c = self.config
+        if dropout_key is None or c.dropout == 0.0:
+            return None, None
+        first, each = c.queries * c.width, c.queries * (3 * c.width + c.heads * (c.queries + source))
+        keep_BN = keep_mask(row_keys(dropout_key, batch), c.dropout, first + c.depth * each)
+        return keep_BN[:, :first], keep_BN[:, first:].reshape(batch, c.depth, each).swapaxes(0, 1)
