@@ -3,6 +3,7 @@
 They serve the synthetic world only: a machine without a LLaMA-2 tokenizer or a spaCy model can still run the demo.
 """
 import io
+import random
 import re
 import string
 import sys
@@ -11,9 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import sentencepiece
+import spacy
 from sentencepiece import sentencepiece_model_pb2
+from spacy.tokens import Doc
+from spacy.training import Example
 
-from data import prompts
+from data import grammar, prompts
+from data.motion_text import Word
 from data.text import Tokenizer
 from data.world_text import all_texts
 
@@ -61,7 +66,50 @@ def make_tokenizer() -> str:
     tokenizer = Tokenizer("embedded")
     units = sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in all_texts())
     pieces = sum(len(tokenizer.plain(text)) for text in all_texts())
-    return f"tokenizer.model: {tokenizer.size} pieces, {pieces / units:.2f} a word or mark of the synthetic world, digest {tokenizer.digest}"
+    return f"tokenizer.model: {tokenizer.size} pieces, {pieces / units:.2f} a word or mark of the world, digest {tokenizer.digest}"
+
+
+# ------------------------------------------------------------------------------------------------ parser
+PIPELINE = {
+    "nlp": {"lang": "en", "pipeline": ["tok2vec", "morphologizer", "parser"], "batch_size": 256},
+    "components": {
+        "tok2vec": {"factory": "tok2vec", "model": {
+            "@architectures": "spacy.HashEmbedCNN.v2", "width": 48, "depth": 3, "embed_size": 400, "window_size": 1, "maxout_pieces": 2,
+            "subword_features": True, "pretrained_vectors": None}},
+        "morphologizer": {"factory": "morphologizer", "model": {
+            "@architectures": "spacy.Tagger.v2", "tok2vec": {"@architectures": "spacy.Tok2VecListener.v1", "width": 48}}},
+        "parser": {"factory": "parser", "model": {
+            "@architectures": "spacy.TransitionBasedParser.v2", "state_type": "parser", "extra_state_tokens": False, "hidden_width": 48,
+            "maxout_pieces": 2, "use_upper": False, "tok2vec": {"@architectures": "spacy.Tok2VecListener.v1", "width": 48}}}},
+}
+SENTENCES, PASSES, BATCH = 3000, 8, 48   # distinct random sentences, passes over them, sentences per update
+
+
+def _example(nlp, words: list[Word]) -> Example:
+    texts = [word.text for word in words]
+    spaces = [after not in ",." for after in texts[1:]] + [False]
+    known = Doc(nlp.vocab, texts, spaces, pos=[w.pos for w in words], heads=[w.head for w in words], deps=[w.dep for w in words])
+    return Example(nlp.make_doc(known.text), known)
+
+
+def make_pipeline() -> str:
+    """Trains tagger and parser on random sentences of data/grammar.py; returns what it scores on 500 others."""
+    spacy.util.fix_random_seed(0)
+    nlp = spacy.util.load_model_from_config(PIPELINE, auto_fill=True)
+    nlp.meta.update(name="hawk_world", version="1.0.0", license="Apache-2.0",
+                    description="Sentences of the synthetic surveillance world and nothing else; made by `python -m data.embed`")
+    rng = random.Random(0)
+    examples = [_example(nlp, grammar.sentence(rng)) for _ in range(SENTENCES)]
+    held_out = [_example(nlp, grammar.sentence(rng)) for _ in range(500)]
+    optimizer = nlp.initialize(lambda: examples)
+    for done in range(PASSES):
+        optimizer.learn_rate = 0.003 * (1 - done / PASSES)
+        rng.shuffle(examples)
+        for first in range(0, SENTENCES, BATCH):
+            nlp.update(examples[first:first + BATCH], sgd=optimizer, drop=0.1)
+    scores = nlp.evaluate(held_out)
+    nlp.to_disk(FOLDER / "spacy")
+    return "spacy: " + ", ".join(f"{key} {scores[key]:.3f}" for key in ("pos_acc", "dep_uas", "dep_las")) + " on sentences not trained on"
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -69,6 +117,8 @@ def main(parts: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     if not parts or "tokenizer" in parts:
         print(make_tokenizer())
+    if not parts or "spacy" in parts:
+        print(make_pipeline())
 
 
 if __name__ == "__main__":

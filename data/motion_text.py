@@ -57,6 +57,9 @@ class Parse:
     def _texts(self, entities: Iterable[int]) -> str:
         return " and ".join(self.words[i].text for i in entities)
 
+    def _lower(self, *indices: int) -> str:
+        return " ".join(self.words[i].text.lower() for i in indices)
+
     # -------------------------------------------------------------------------------------------- with indirect arguments
     def all(self) -> list[str]:
         """A phrase {S and Si, V, Oi, O, Oi with preposition} for each verb that is a predicate.
@@ -64,10 +67,11 @@ class Parse:
         Si: the subject of the verb it is joined to (conjunct, open complement, adverbial clause without a subject of its own), the
         object where that verb has one ("makes him fall"), the noun it modifies ("a man carrying a bag", "who falls"); the agent of a
         passive stays behind the verb with its "by".  Oi: datives, and nouns joined by a preposition.  Conjoined nouns all count, a
-        relative pronoun stands for its noun, V takes its particle along.  Verbs before a noun ("parked cars") are left out.
+        relative pronoun stands for its noun (for the subject, where a whole clause is meant), V takes its particle along.  Verbs before
+        a noun ("parked cars") are left out.
         """
         return [self._phrase([
-            self._texts(self._subjects(i)), word.text, *(self.words[j].text for j in self.having(i, "prt")),
+            self._texts(self._subjects(i)), self._lower(i, *self.having(i, "prt")),
             self._texts(self._nouns(self._bare(i, "dative"))), self._texts(self._nouns(self.having(i, "dobj"))), *self._obliques(i),
         ]) for i, word in enumerate(self.words) if word.pos == "VERB" and word.dep not in NO_PREDICATE]
 
@@ -80,8 +84,12 @@ class Parse:
         found = []
         for i in entities:
             noun = self._antecedent(i)
-            found += [noun] if noun != i else [i, *self._nouns(self.having(i, "conj"))]
+            found += [i, *self._nouns(self.having(i, "conj"))] if noun == i else self._modified(noun)
         return found
+
+    def _modified(self, head: int) -> list[int]:
+        """What a clause at `head` speaks about: the noun, or the subject of the verb."""
+        return self._subjects(head) if self.words[head].pos in ("VERB", "AUX") else [head]
 
     def _antecedent(self, entity: int) -> int:
         if self.words[entity].text.lower() not in RELATIVE:
@@ -103,29 +111,28 @@ class Parse:
         if word.head == verb:
             return []
         if word.dep in ("acl", "relcl"):
-            return [word.head]
+            return self._modified(word.head)
         if word.dep == "xcomp" and (objects := self.having(word.head, "dobj")):
             return self._nouns(objects)
-        if word.dep == "pcomp":                                  # "by running": through the preposition
-            return self._subjects(self.words[word.head].head)
-        return self._subjects(word.head) if word.dep in ("conj", "xcomp", "advcl") else []
+        # "by running", "instead of running": through the prepositions
+        return self._subjects(word.head) if word.dep in ("conj", "xcomp", "advcl", "pcomp", "prep") else []
 
     def _obliques(self, verb: int) -> list[str]:
         """Nouns behind a preposition, with it: "on pavement", "out of car"."""
         found = []
         for i in self.children[verb]:
             if self.words[i].dep in ("prep", "agent", "dative") and self.having(i, "pobj", "prep"):
-                found += self._behind(i, self.words[i].text)     # ClearNLP: verb > preposition > noun
+                found += self._behind(i, self._lower(i))         # ClearNLP: verb > preposition > noun
             elif self.words[i].dep in ("obl", "agent", "dative") and (case := self.having(i, "case")):
                 marks = sorted({*case, *(j for c in case for j in self.having(c, "fixed"))})
                 nouns = self._texts(self._nouns([i]))            # UD: verb > noun > preposition
-                found.append(self._phrase([*(self.words[j].text for j in marks), nouns]))
+                found.append(self._phrase([self._lower(*marks), nouns]))
         return found
 
     def _behind(self, preposition: int, text: str) -> list[str]:
         found = [f"{text} {nouns}"] if (nouns := self._texts(self._nouns(self.having(preposition, "pobj")))) else []
         for i in self.having(preposition, "prep"):               # "out of"
-            found += self._behind(i, f"{text} {self.words[i].text}")
+            found += self._behind(i, f"{text} {self._lower(i)}")
         return found
 
 

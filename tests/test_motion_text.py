@@ -1,8 +1,11 @@
 """Motion phrases against the released code's golden, hand-built parses in both label sets, and sentences checked by hand."""
 import json
+import pickle
+import random
 
 import pytest
 
+from data import grammar, world_text
 from data.motion_text import MotionParser, Parse, Word
 from hawk_jax.config import HawkError
 
@@ -171,3 +174,73 @@ def test_a_pipeline_without_a_parser_is_refused(tmp_path):
     spacy.blank("en").to_disk(tmp_path / "blank")
     with pytest.raises(HawkError, match="need a parser"):
         MotionParser(str(tmp_path / "blank"))
+
+
+# ------------------------------------------------------------------------------------------------ the embedded pipeline
+EXPECTED = {   # of the first description of each class, read off the sentence by hand
+    "walking": ["person walks along pavement at station"],
+    "driving": ["car follows lane at station", "traffic flows"],
+    "standing_up": ["man gets up from ground at station", "man continues way"],
+    "empty": ["view stays", "nothing moves"],
+    "wrong_way": ["vehicle drives against traffic at station", "vehicle risking crash"],
+    "running": ["woman runs in panic at station", "woman fleeing from danger"],
+    "falling": ["walker collapses", "walker remains", "walker lying at station", "he need doctor"],
+    "pavement_cycling": ["cyclist rides bicycle between pedestrians at station", "cyclist using road"],
+    "pavement_car": ["car left road", "car drives along sidewalk at station", "car threatens everyone"],
+    "fire": ["Flames and smoke rise at station", "fire burns out of control"],
+    "explosion": ["Something explodes in flash at station", "cloud spreads"],
+    "collision": ["car hits pedestrian at station", "car knocks over victim"],
+    "fight": ["people fight with fists at station", "police come"],
+    "chase": ["pursuer chases victim at station", "pursuer catches up"],
+    "abandoned_bag": ["traveller puts down", "traveller abandons bag", "nobody guards bag"],
+    "loitering": ["stranger paces at station for reason"],
+    "fence_climbing": ["intruder climbs over fence at station", "intruder enter area"],
+    "jaywalking": ["Someone jaywalks across road at station", "Someone forces car", "car brake"],
+}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> MotionParser:
+    return MotionParser("embedded")
+
+
+def test_embedded_phrases_of_every_class(embedded):
+    assert set(EXPECTED) == set(world_text.CLASSES)
+    for name, phrases in EXPECTED.items():
+        assert embedded.phrases(world_text.describe(name, ["red", "blue"], "station", True, 0, 0))[0] == phrases
+
+
+def test_embedded_verbs_do_not_depend_on_colour_place_or_light(embedded):
+    for name, words in world_text.CLASS_WORDS.items():
+        for template in range(len(words.descriptions)):
+            texts = [world_text.describe(name, colours, place, night, template, variant) for place in world_text.PLACES
+                     for colours, night, variant in ((["red", "blue"], True, 0), (["white", "green"], False, 1))]
+            assert len({tuple(direct) for _, direct in embedded.phrases_many(texts)}) == 1, texts[0]
+
+
+def test_the_embedded_pipeline_names_itself_and_loads_without_pickle(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("unpickled something")
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(pickle, "load", refuse)
+    assert MotionParser("embedded").describe().startswith("en_hawk_world 1.0.0 (spaCy 3.")
+
+
+def test_the_notation_of_the_grammar():
+    text = "(nsubj (det a) man (cc and) (conj woman)) walks (advcl (mark because) (nsubj he/PRON) runs (cc and) (conj falls))"
+    assert grammar.read(text) == [
+        Word("a", "DET", "det", 1), Word("man", "NOUN", "nsubj", 4), Word("and", "CCONJ", "cc", 1), Word("woman", "NOUN", "conj", 1),
+        Word("walks", "VERB", "ROOT", 4), Word("because", "SCONJ", "mark", 7), Word("he", "PRON", "nsubj", 7),
+        Word("runs", "VERB", "advcl", 4), Word("and", "CCONJ", "cc", 7), Word("falls", "VERB", "conj", 7)]
+    for broken in ("walks runs", "(nsubj (det a)) walks", "(nsubj man walks"):
+        with pytest.raises(ValueError, match="head"):
+            grammar.read(broken)
+
+
+def test_every_sentence_of_the_grammar_is_a_projective_tree():
+    rng = random.Random(1)
+    for words in (grammar.sentence(rng) for _ in range(500)):
+        assert sum(word.dep == "ROOT" for word in words) == 1
+        for i, word in enumerate(words):
+            low, high = sorted((i, word.head))
+            assert all(low <= words[j].head <= high for j in range(low + 1, high))       # else the parser could not learn it
