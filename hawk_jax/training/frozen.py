@@ -1,0 +1,195 @@
+"""The frozen tree in a folder of its own: one safetensors file per top-level part, and a manifest that proves what is in them.
+
+manifest.json holds dtype, shape and sha256 of every leaf, the hash of the whole tree, and where the weights came from.  Leaves are
+written and read one at a time, so a 7B tree needs no second copy in memory; on reading, every byte is checked.
+Layout of a file (safetensors 0.x): u64 header length, JSON header {name: {dtype, shape, data_offsets}}, raw little-endian data.
+"""
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hawk_jax.config import HawkError
+from hawk_jax.models.build import flatten
+
+FORMAT = 1
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+READERS = 4         # threads that hash and read leaves: sha256 runs at 0.5-2 GB/s on a core
+
+
+class FrozenError(HawkError):
+    """A frozen tree that is missing, damaged, or not the one asked for."""
+
+
+# ------------------------------------------------------------------------------------------------ hashes
+def _leaf_hash(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _describe(array: np.ndarray) -> dict:
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _leaf_hash(array)}
+
+
+def _tree_hash(leaves: dict[str, dict]) -> str:
+    """16 hex digits over names, dtypes, shapes and contents, in the order of names."""
+    lines = [f"{name} {leaf['dtype']} {leaf['shape']} {leaf['sha256']}\n" for name, leaf in sorted(leaves.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _named(tree: dict) -> dict:
+    return {"/".join(path): leaf for path, leaf in flatten(tree).items()}
+
+
+def tree_hash(tree: dict) -> str:
+    """The hash that `save_frozen` would write for a tree of arrays."""
+    return _tree_hash({name: _describe(np.asarray(leaf)) for name, leaf in _named(tree).items()})
+
+
+@jax.jit
+def device_checksum(tree: dict):
+    """u32 over all bits of a tree where it lies; the same on every mesh (sums of integers do not depend on their order).
+
+    Compared at the start and the end of a run: frozen weights that changed in memory would spoil it unseen.
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):       # position matters, so that exchanged rows are noticed
+            place = place * jnp.uint32(31) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        total = total * jnp.uint32(1_000_003) + (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ writing
+def _header(leaves: dict) -> bytes:
+    """Safetensors header of {name: array}, padded so that data starts on 8 bytes."""
+    table, offset = {}, 0
+    for name, leaf in leaves.items():
+        if leaf.dtype.name not in DTYPES:
+            raise FrozenError(f"{name} has dtype {leaf.dtype.name}: a frozen tree holds {', '.join(DTYPES)}")
+        size = leaf.size * leaf.dtype.itemsize
+        table[name] = {"dtype": DTYPES[leaf.dtype.name], "shape": list(leaf.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_part(file: Path, leaves: dict) -> dict[str, dict]:
+    """Writes one file; returns {name: {dtype, shape, sha256}}."""
+    described = {}
+    with open(file, "wb") as out:
+        out.write(_header(leaves))
+        for name, leaf in leaves.items():
+            array = np.ascontiguousarray(leaf)
+            described[name] = _describe(array)
+            array.reshape(-1).view(np.uint8).tofile(out)
+        out.flush()
+        os.fsync(out.fileno())
+    return described
+
+
+def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
+    """Writes a tree of arrays (bfloat16 or float32) and returns its hash.
+
+    The folder appears whole or not at all, and replaces a frozen tree that was there before.  provenance: what made it, for people.
+    Raises FrozenError if the folder holds something else or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
+        raise FrozenError(f"{folder} is not empty and holds no frozen tree; choose another folder")
+    new = folder.with_name(f"{folder.name}.writing")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        leaves = {}
+        for part, subtree in tree.items():
+            leaves |= _write_part(new / f"{part}.safetensors", _named({part: subtree}))
+        manifest = {"format": FORMAT, "hash": _tree_hash(leaves), "provenance": provenance, "leaves": leaves}
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise FrozenError(f"cannot write the frozen tree to {folder}: {error}") from error
+    return manifest["hash"]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a frozen tree.  Raises FrozenError if there is none or a newer version wrote it."""
+    file = Path(folder) / "manifest.json"
+    if not file.is_file():
+        raise FrozenError(f"no frozen tree at {folder} (manifest.json is missing); set run.frozen to what `pretrain` or an import wrote")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise FrozenError(f"{file} is damaged: {error}; make the frozen tree again") from error
+    if manifest["format"] > FORMAT:
+        raise FrozenError(f"{file} has format {manifest['format']}, this version reads up to {FORMAT}; update hawk_jax")
+    return manifest
+
+
+def _check_leaves(folder: Path, leaves: dict, wanted: dict) -> None:
+    """Names, shapes and dtypes, before anything is read."""
+    for name in sorted(leaves.keys() ^ wanted.keys()):
+        raise FrozenError(f"{folder} {'lacks' if name in wanted else 'holds'} {name}, which this model configuration "
+                          f"{'needs' if name in wanted else 'does not freeze'}; set model.* to what the tree was made for")
+    for name, leaf in sorted(leaves.items()):
+        here, there = (leaf["dtype"], tuple(leaf["shape"])), (wanted[name].dtype.name, tuple(wanted[name].shape))
+        if here != there:
+            raise FrozenError(f"{folder}: {name} is {here[0]}{list(here[1])}, this model configuration needs {there[0]}{list(there[1])}")
+
+
+def _open_part(file: Path) -> dict[str, np.ndarray]:
+    """{name: array mapped from the file}."""
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            table = json.loads(stream.read(length))
+        data = np.memmap(file, np.uint8, "r", offset=8 + length)
+    except (OSError, ValueError) as error:
+        raise FrozenError(f"{file} cannot be read: {error}; make the frozen tree again") from error
+    kinds = {short: np.dtype(getattr(jnp, name)) for name, short in DTYPES.items()}
+    arrays = {}
+    for name, entry in table.items():
+        first, end = entry["data_offsets"]
+        if end > data.size:
+            raise FrozenError(f"{file} ends before {name}: it was cut off; make the frozen tree again")
+        arrays[name] = data[first:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+def load_frozen(folder: Path, abstract: dict, shardings: dict | None = None) -> tuple[dict, str]:
+    """(tree of arrays, hash of the tree); every leaf's bytes are compared with the manifest.
+
+    abstract: tree of ShapeDtypeStruct of exactly the frozen parameters (`freeze.split`); shardings: the same tree of NamedSharding,
+    None for the default device.  Raises FrozenError that names the first leaf which is missing, unknown, or differs.
+    """
+    folder = Path(folder)
+    manifest, wanted, places = read_manifest(folder), _named(abstract), _named(shardings or {})
+    _check_leaves(folder, manifest["leaves"], wanted)
+    if _tree_hash(manifest["leaves"]) != manifest["hash"]:
+        raise FrozenError(f"{folder}/manifest.json was changed: its leaves do not have the hash it states")
+    arrays = {}
+    for part in abstract:
+        arrays |= _open_part(folder / f"{part}.safetensors")
+
+    def read(name: str):
+        if name not in arrays or _describe(arrays[name]) != manifest["leaves"][name]:
+            raise FrozenError(f"{folder}: {name} is not what the manifest says (sha256 differs): the file was damaged or changed; "
+                              "make the frozen tree again")
+        # copies: an array on a CPU may otherwise stay a window on the file, and change with it
+        if name not in places:
+            return jnp.array(arrays[name], copy=True)
+        return jax.make_array_from_callback(arrays[name].shape, places[name], lambda index: np.array(arrays[name][index]))
+    with ThreadPoolExecutor(READERS) as pool:
+        values = dict(zip(wanted, pool.map(read, wanted)))
+    return jax.tree_util.tree_map_with_path(lambda path, _: values["/".join(key.key for key in path)], abstract), manifest["hash"]
