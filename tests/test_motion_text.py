@@ -163,7 +163,7 @@ def test_batches_equal_single_texts_and_name_their_pipeline(ud):
 
 
 def test_a_missing_pipeline_is_one_line_and_never_replaced(tmp_path):
-    for name in ("en_no_such_pipeline", str(tmp_path)):
+    for name in ("en_no_such_pipeline", str(tmp_path), "numpy", ""):
         with pytest.raises(HawkError) as error:
             MotionParser(name)
         assert name in str(error.value) and "pip" in str(error.value) and "\n" not in str(error.value)
