@@ -1,11 +1,12 @@
 """A picture of a record: the frames of a view, the motion mask over them, and everything that is said about the clip."""
 import json
 import textwrap
+import warnings
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure        # not pyplot: it would keep every figure and choose a window system
+from matplotlib.figure import Figure  # not pyplot: it would keep every figure and choose a window system
 
 from data.records import Record, RecordError, RecordSource, open_split
 
@@ -21,7 +22,9 @@ def inspect(folder: Path, split: str, clip: str, out: Path, view: int = 0) -> st
         raise RecordError(f"{folder} has views 0 to {len(record.view_VT) - 1}, not {view}")
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        draw(record, view).savefig(out, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")       # a box stands for it; the printed text has it
+            draw(record, view).savefig(out, format="png")
     except OSError as error:
         raise RecordError(f"{out} cannot be written: {error.strerror}") from error
     return f"{caption(record, view)}\npicture: {out}"

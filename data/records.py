@@ -150,7 +150,8 @@ def features(config: PrepareConfig) -> tfds.features.FeaturesDict:
 class HawkClips(tfds.core.GeneratorBasedBuilder):
     """Video clips with Farneback motion masks, descriptions, questions and answers, and motion phrases."""
     VERSION = tfds.core.Version(VERSION)
-    RELEASE_NOTES = {VERSION: "first"}
+    RELEASE_NOTES = {str(VERSION): "first"}
+    url_infos = {}      # nothing is downloaded; looking for check sums tfds imports importlib_resources, which it does not require
 
     def __init__(self, *, prepare: PrepareConfig, records: dict | None = None, **options):
         """`records`: split -> iterable of Record, for `download_and_prepare`; `data.prepare` writes shards itself, for resumption."""
@@ -290,12 +291,11 @@ def _records_in(path: Path) -> int:
     if not path.exists():
         raise RecordError(f"{path} is missing; copy the data set again or prepare it again")
     reader = array_record_module.ArrayRecordReader(str(path))
-    try:
-        if not reader.ok():         # the constructor never raises
-            raise RecordError(f"{path} is damaged or was not copied whole; copy it again or prepare the data set again")
-        return reader.num_records()
-    finally:
-        reader.close()
+    if not reader.ok():             # neither the constructor nor num_records raises; close would
+        raise RecordError(f"{path} is damaged or was not copied whole; copy it again or prepare the data set again")
+    held = reader.num_records()
+    reader.close()
+    return held
 
 
 def _read_texts(path: Path) -> list[TextRow]:

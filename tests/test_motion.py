@@ -39,9 +39,8 @@ def test_the_first_frame_takes_the_flow_to_the_second():
 
 def test_a_still_pair_has_no_motion_and_no_division_by_zero():
     still_NHW = np.random.default_rng(0).integers(0, 255, (2, 24, 20), np.uint8)
-    bits_NHW8, _, highest_N = motion.masks(still_NHW, still_NHW, motion.farneback, THRESHOLD)
+    bits_NHW8, *_ = motion.masks(still_NHW, still_NHW, motion.farneback, THRESHOLD)
     assert bits_NHW8.shape == (2, 24, 3) and not bits_NHW8.any()
-    assert (highest_N < 1e-5).all()                 # rounding of f32 sums only
     with np.errstate(all="raise"):
         share_NHW, highest_N = motion.quantise(np.zeros((2, 24, 20), np.float32))
     assert not share_NHW.any() and not highest_N.any()
