@@ -150,7 +150,8 @@ class MotionParser:
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:      # not there, damaged, not a pipeline at all
             raise HawkError(
                 f"--spacy {name!r} is neither an installed spaCy pipeline nor the folder of one ({str(error).splitlines()[0][:80]}); "
-                f"install its wheel with pip (python -m spacy download en_core_web_sm); for the synthetic world alone there is --spacy embedded"
+                f"install its wheel with pip (python -m spacy download en_core_web_sm); for the synthetic world alone "
+                f"there is --spacy embedded"
             ) from error
         has = set(self.nlp.pipe_names)
         if "parser" not in has or not ("morphologizer" in has or {"tagger", "attribute_ruler"} <= has):
