@@ -97,7 +97,7 @@ class InputConfig:
     first_motion_index: Literal["own", "one"] = "own"            # one: released code overwrites it by 1
     # machinery
     threads: int = 2                    # Grain read threads of a host
-    buffer: int = 2                     # batches held ahead of the step
+    buffer: int = 2                     # batches held ahead of the step, at least one per thread
     workers: int = 0                    # Grain worker processes of a host; 0 = threads only (cv2 releases the GIL)
 
 
@@ -211,6 +211,7 @@ class GenerateConfig:
     max_new_tokens: int = 300
     clips: int = 16                     # clips per generation batch
     questions: int = 2                  # question-answer pairs per clip asked in evaluation
+    samples: int = 18                   # clips shown in the report
 
 
 @dataclass(frozen=True)

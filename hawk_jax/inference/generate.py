@@ -15,7 +15,7 @@ import numpy as np
 from data.rows import Row, pad_row
 from data.text import EOS, Tokenizer
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig
-from hawk_jax.mesh import use
+from hawk_jax.mesh import batch_sharding, use
 from hawk_jax.models.build import bind
 
 BUCKET = 32             # prompts are padded to a multiple of this many tokens: few programs, little waste
@@ -90,17 +90,20 @@ class Generator:
     def encode(self, batch: dict) -> jax.Array:
         """visual_BQD of the clips of a batch of data/stream.py; text entries are not looked at."""
         kept = {k: v for k, v in batch.items() if k.endswith(("THWC", "THW", "crop_B4", "BTQE"))}
+        if self.mesh is not None and len(batch["weight_B"]) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0:
+            kept = jax.device_put(kept, batch_sharding(self.mesh))
         with self._on_mesh():
             return encode_clips(self.params, kept, self.config.model)
 
-    def texts(self, visual_BQD, prompts: Sequence[Row], clips: Sequence[int], rows: int | None = None) -> list[str]:
+    def texts(self, visual_BQD, prompts: Sequence[Row], clips: Sequence[int], rows: int | None = None,
+              width: int = 0) -> list[str]:
         """One text per prompt; clips[i] = row of visual_BQD that prompt i is about.
 
-        rows: prompts run together (default: all); fewer prompts than that in the last group are filled up, so that all groups share a
-        program.  Raises HawkError for a prompt that leaves no room below model.llama.max_positions.
+        rows: prompts run together (default: all); a last group with fewer is filled up.  width: tokens that prompts are padded to at
+        least.  Both make groups share one program.  Raises HawkError for a prompt that leaves no room below model.llama.max_positions.
         """
         rows, texts = rows or len(prompts), []
-        width = -(-max(len(p["tokens"]) for p in prompts) // BUCKET) * BUCKET
+        width = -(-max(width, *(len(p["tokens"]) for p in prompts)) // BUCKET) * BUCKET
         new_tokens = min(self.config.generate.max_new_tokens, self.config.model.llama.max_positions - width)
         if new_tokens < 1:
             raise HawkError(f"a prompt of {width} tokens leaves no room for an answer: model.llama.max_positions="
