@@ -3,6 +3,8 @@
 What is notable: Grain is handed numbers of steps and one function from a step to a host's rows, so random access, restarts, any
 number of hosts and any number of workers need no state of their own.  Each host decodes only its rows.
 """
+import gc
+import weakref
 from functools import partial
 
 import grain
@@ -20,25 +22,34 @@ ENDLESS = 1 << 40       # steps; Grain wants a number
 
 
 class Batches:
-    """An iterator over batches that can be closed before its end, so that threads and worker processes stop."""
+    """An iterator over batches that can be closed before its end, so that threads and worker processes stop.
+
+    Left open, it closes itself with the program: Grain's processes would otherwise end in a page of errors about shared memory.
+    """
 
     def __init__(self, dataset: grain.IterDataset):
-        self._iterator = iter(dataset)
+        self._open = [iter(dataset)]
+        self.close = weakref.finalize(self, _close, self._open)
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
-
-    def close(self) -> None:
-        self._iterator.close()
+        if not self._open:
+            raise StopIteration
+        return next(self._open[0])
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _close(iterators: list) -> None:
+    """Closes and forgets the iterator, its cycles too: one that is left for the interpreter's last moments complains there."""
+    iterators.pop().close()
+    gc.collect()
 
 
 class Input:
@@ -157,7 +168,8 @@ class Input:
     # ------------------------------------------------------------------------------------------ what all of them share
     def _read(self, steps: grain.MapDataset, load) -> Batches:
         c = self.config.input
-        options = grain.ReadOptions(num_threads=c.threads, prefetch_buffer_size=c.buffer)
+        # a thread makes one batch at a time: with fewer places than threads some would idle
+        options = grain.ReadOptions(num_threads=c.threads, prefetch_buffer_size=max(c.buffer, c.threads))
         dataset = steps.map(load).to_iter_dataset(options)
         if c.workers and c.features == "live":      # kept features need no decoding: copies of them in processes would only cost
             flags.FLAGS.mark_as_parsed()            # Grain's workers read absl flags, and this program does not use absl.app
