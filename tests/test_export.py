@@ -1,6 +1,5 @@
 """Exports read back by torch and transformers, which know nothing of this project."""
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -71,12 +70,17 @@ def test_projections_rebuilt_in_torch(exported):
     np.testing.assert_allclose(np.asarray(ours), h.numpy(), rtol=0, atol=1e-5 * float(h.abs().max()))
 
 
-def test_tokenizer_comes_along(exported):
-    """sentencepiece on the copied file gives the ids of the run's tokenizer; transformers finds its name in the settings."""
-    folder, config, _ = exported
-    text = "A man falls down in front of the car."
-    assert Tokenizer(str(folder / "llama" / "tokenizer.model")).encode(text) == Tokenizer(config.input.tokenizer).encode(text)
-    assert json.loads((folder / "llama" / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+def test_tokenizer_comes_along(exported, tmp_path):
+    """transformers' own tokenizer, opened from the folder, gives our ids; a model it would misread comes without its settings."""
+    transformers = pytest.importorskip("transformers")
+    folder, config, params = exported
+    text = "A man in red falls down in front of the car, at 12 o'clock. What happens?"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "llama")(text).input_ids
+    assert theirs == Tokenizer(config.input.tokenizer).encode(text, bos=True) and len(theirs) > 20
+    embedded = dataclasses.replace(config, input=dataclasses.replace(config.input, tokenizer="embedded"))
+    export(params, embedded, tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out" / "llama").iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.model"}
 
 
 def test_what_was_exported_comes_back(exported):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from sentencepiece import sentencepiece_model_pb2
 
 from data.text import BOS, EMBEDDED, EOS, UNK
 from hawk_jax.config import HawkConfig, HawkError, LlamaConfig, digest, from_dict, to_dict
@@ -40,9 +41,21 @@ TOKENIZER_CONFIG = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eo
                     "clean_up_tokenization_spaces": False}
 
 
-def _tokenizer(config: HawkConfig) -> Path | None:
-    path = EMBEDDED if config.input.tokenizer == "embedded" else Path(config.input.tokenizer or "none")
-    return path if path.is_file() else None
+def _write_tokenizer(folder: Path, config: HawkConfig) -> list[Path]:
+    """Copies the sentencepiece model, if the run has one, and says how transformers opens it.
+
+    transformers takes every LLaMA tokenizer for BPE and would split texts otherwise with a unigram model (the embedded one): that one
+    comes without settings and is read with sentencepiece.
+    """
+    source = EMBEDDED if config.input.tokenizer == "embedded" else Path(config.input.tokenizer or "none")
+    if not source.is_file():
+        return []
+    shutil.copyfile(source, folder / "tokenizer.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        return [folder / "tokenizer.model"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1))
+    return [folder / "tokenizer.model", folder / "tokenizer_config.json"]
 
 
 def _write_llama(folder: Path, tensors: dict, config: HawkConfig) -> dict[Path, int]:
@@ -50,14 +63,8 @@ def _write_llama(folder: Path, tensors: dict, config: HawkConfig) -> dict[Path, 
     folder.mkdir()
     named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     counts = {file: len(named) if i == 0 else 0 for i, file in enumerate(torch_files.write(folder, "model", named))}
-    texts = {"config.json": llama_config(config.model.llama, config.model.frozen_dtype), "tokenizer_config.json": TOKENIZER_CONFIG}
-    for name, value in texts.items():
-        (folder / name).write_text(json.dumps(value, indent=1))
-        counts[folder / name] = 0
-    if tokenizer := _tokenizer(config):
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
-        counts[folder / "tokenizer.model"] = 0
-    return counts
+    (folder / "config.json").write_text(json.dumps(llama_config(config.model.llama, config.model.frozen_dtype), indent=1))
+    return counts | dict.fromkeys([folder / "config.json", *_write_tokenizer(folder, config)], 0)
 
 
 def _groups(config: HawkConfig) -> dict[str, str]:
