@@ -23,7 +23,7 @@ from data.datasets import Entry, read_annotations
 from data.pool import Crash, work
 from data.records import NAME, VERSION, RecordError, check_prepared, features, hash_of, read_manifest, shard_path
 from data.shards import MakeClip, MakeShard, Rejected, Worker, WorkFolder, write_atomic, write_rejected
-from hawk_jax.config import HawkConfig, HawkError, PrepareConfig, digest, to_dict
+from hawk_jax.config import HawkConfig, HawkError, PrepareConfig, differences, digest, to_dict
 
 FORMAT = 1              # of prepare.json
 Shards = dict[tuple[str, int], list[Entry]]     # (split, shard) -> its entries in order
@@ -41,12 +41,15 @@ def prepare(*, videos: Path, annotations: Path, out: Path, spacy: str, config: H
         raise HawkError(f"--videos {videos} is not a folder")
     shards = plan(read_annotations(Path(annotations), split, settings.validation_share), settings.shards)
     identity = _identity(settings, spacy, shards, flow)
-    with _only_one(out):
-        if _finished(out, settings, identity):
-            print(f"{out} is complete already; to prepare it again delete it")
-        else:
-            _make(shards, WorkFolder(out), workers, progress, (out, Path(videos), settings, spacy, flow))
-            _write_metadata(shards, out, settings, identity)
+    try:
+        with _only_one(out):
+            if _finished(out, settings, identity):
+                print(f"{out} is complete already; to prepare it again delete it")
+            else:
+                _make(shards, WorkFolder(out), workers, progress, (out, Path(videos), settings, spacy, flow))
+                _write_metadata(shards, out, settings, identity)
+    except KeyboardInterrupt:
+        raise HawkError(f"interrupted; finished clips are kept in {out}: run the same command to go on") from None
     summary = _summary(out) | {"seconds": time.time() - started}
     print(table(summary))
     if not summary["clips"]:
@@ -74,7 +77,7 @@ def _identity(config: PrepareConfig, spacy: str, shards: Shards, flow: Callable)
 
 @contextmanager
 def _only_one(out: Path):
-    """Holds the data set's lock; waits for worker processes that outlived a killed run."""
+    """Holds the data set's lock; waits for worker processes that outlived a killed run, and removes what they left half written."""
     folder = WorkFolder(out).root
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,9 +89,13 @@ def _only_one(out: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise HawkError(f"another prepare is writing to {out}") from None
-        fcntl.flock(workers, fcntl.LOCK_EX)
+        fcntl.flock(workers, fcntl.LOCK_EX)         # they end after the clip they are at
         fcntl.flock(workers, fcntl.LOCK_UN)
+        for left in [*out.glob("*.tmp"), *out.glob(f"{NAME}/*/incomplete.*"), *out.glob(f"{NAME}/*/*.tmp")]:
+            left.unlink()
         yield
+    if (out / "prepare.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finished(out: Path, config: PrepareConfig, identity: dict) -> bool:
@@ -106,13 +113,9 @@ def _finished(out: Path, config: PrepareConfig, identity: dict) -> bool:
     for key, what in (("prepare", "prepare options"), ("phrases", "language pipeline (--spacy)"), ("annotations_sha256", "annotations"),
                       ("flow", "flow function")):
         if held[key] != identity[key]:
-            raise RecordError(f"{out} was begun with other {what}: {_short(held[key])}, now {_short(identity[key])}; "
-                              "choose another --out or delete it")
+            change = "; ".join(differences({key: held[key]}, {key: identity[key]}))
+            raise RecordError(f"{out} was begun with other {what} (then -> now): {change}; choose another --out or delete it")
     return complete
-
-
-def _short(value) -> str:
-    return str(value) if not isinstance(value, dict) else json.dumps(value, sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------ work
@@ -176,7 +179,6 @@ def _write_metadata(shards: Shards, out: Path, config: PrepareConfig, identity: 
             metadata=tfds.core.MetadataDict(prepare=identity["prepare"], digest=digest(config)))
     manifest = identity | {"format": FORMAT, "digest": digest(config), "splits": splits, "rejected": len(rejected), "hash": hash_of(hashes)}
     write_atomic(out / "prepare.json", json.dumps(manifest, indent=1).encode())
-    shutil.rmtree(folder.root, ignore_errors=True)
 
 
 def _split_info(out: Path, split: str, lengths: list[int], size: int) -> tfds.core.SplitInfo:

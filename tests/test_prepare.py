@@ -96,6 +96,8 @@ def test_good_clips_go_in_bad_ones_are_listed_and_neither_workers_nor_kills_chan
 
     start_and_kill(command(root, root / "two", shared, 2), root / "two", 2, everything=True)
     start_and_kill(command(root, root / "two", shared, 2), root / "two", 7, everything=False)
+    (root / "two" / NAME / "1.0.0").mkdir(parents=True, exist_ok=True)
+    (root / "two" / NAME / "1.0.0" / "incomplete.1.x").touch()          # as a kill while a shard is written leaves it
     two = subprocess.run(command(root, root / "two", shared, 2), capture_output=True, text=True, timeout=200)
     assert two.returncode == 0, two.stderr
     for name in ("texts_train.jsonl", "rejected.jsonl", "prepare.json"):
@@ -162,13 +164,14 @@ def test_full_disk_stops_with_a_reason_and_a_crashing_clip_is_left_out(folders, 
     with pytest.raises(HawkError, match="disk is full; finished clips are kept"):
         run(folders, shared, flow=fragile_flow)
     monkeypatch.delenv("HAWK_TEST_FULL")
-    with pytest.raises(HawkError, match="begun with other prepare options"):
+    with pytest.raises(HawkError, match=r"begun with other prepare options \(then -> now\): prepare\.size: 32 -> 24;"):
         run(folders, shared, HawkConfig(prepare=PrepareConfig(size=24, frames=4, views=2, shards=2), model=ModelConfig(frame_positions=4)))
     summary = run(folders, shared, flow=fragile_flow)
     assert summary["clips"] == 4 and summary["reasons"] == {"process died": 1}
     assert json.loads((folders / "out/rejected.jsonl").read_text()) == {"video": "0", "reason": "process died: SIGSEGV, twice"}
     again = run(folders, shared, flow=fragile_flow)         # complete: nothing is made
     assert {k: again[k] for k in ("clips", "hash", "reasons")} == {k: summary[k] for k in ("clips", "hash", "reasons")}
+    assert {p.name for p in (folders / "out").iterdir()} == {NAME, "prepare.json", "rejected.jsonl", "texts_train.jsonl"}
     with pytest.raises(HawkError, match=r"prepare\.size: 32 -> 24"):
         run(folders, shared, HawkConfig(prepare=PrepareConfig(size=24, frames=4, views=2, shards=2), model=ModelConfig(frame_positions=4)))
     annotate(folders / "a.json", "0123")
