@@ -67,13 +67,15 @@ def prepare_arguments(p):
     p.add_argument("--annotations", type=Path, required=True, help="JSON of the authors' form, WebVid CSV, or a folder of these")
     p.add_argument("--out", type=Path, required=True, help="data set folder; run the command again to go on after an interruption")
     p.add_argument("--spacy", default="en_core_web_sm", help="spaCy pipeline by name or path; `embedded` only fits the synthetic world")
+    p.add_argument("--split", default=None, help="split of entries that name none (default: by the file's name, else train)")
     p.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
     _with_config(p, optional=True)
 
 
 def prepare(args):
     from data.prepare import prepare
-    prepare(videos=args.videos, annotations=args.annotations, out=args.out, spacy=args.spacy, config=_load(args), workers=args.workers)
+    prepare(videos=args.videos, annotations=args.annotations, out=args.out, spacy=args.spacy, config=_load(args), split=args.split,
+            workers=args.workers)
 
 
 def inspect_arguments(p):
