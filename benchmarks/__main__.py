@@ -29,7 +29,7 @@ def _file_name(result: dict) -> str:
 def _print(result: dict) -> None:
     print(f"\n{result['name']}: {result['about']}   (load {result['load_average']['before']:.1f})")
     for name, f in (result["figures"] | result["ratios"]).items():
-        print(f"  {name:28s} {f['median']:10.3f}  ({f['min']:.3f} .. {f['max']:.3f})  {f['unit']}, {f['better']} is better")
+        print(f"  {name:36s} {f['median']:10.3f}  ({f['min']:.3f} .. {f['max']:.3f})  {f['unit']}, {f['better']} is better")
 
 
 def _run(args: argparse.Namespace) -> None:

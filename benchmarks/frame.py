@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "array_record", "tensorflow-datasets",
             "opencv-python", "opencv-python-headless", "av", "spacy", "sentencepiece")
@@ -42,16 +43,22 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def per_second(work: Callable[[], object], count: int, least: float = 1.5) -> float:
-    """How often per second `count` things are done, where a call of `work` does `count`, over at least `least` seconds."""
-    start, calls = time.perf_counter(), 0
+class Rate(NamedTuple):
+    """How fast something is done, and what it costs whoever else uses the machine: CPU time of this process, all threads."""
+    per_second: float
+    cpu_ms: float
+
+
+def rate(work: Callable[[], object], count: int, least: float = 1.5) -> Rate:
+    """Of things of which a call of `work` does `count`, over at least `least` seconds."""
+    start, cpu, done = time.perf_counter(), time.process_time(), 0
     while (passed := time.perf_counter() - start) < least:
         work()
-        calls += 1
-    return calls * count / passed
+        done += count
+    return Rate(done / passed, 1000 * (time.process_time() - cpu) / done)
 
 
-def interleaved(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def interleaved(works: dict[str, Callable], repeats: int) -> dict[str, list]:
     """Each work once, then each again, ...: what else the machine does falls on all alike.  A work returns its own figure."""
     samples = {name: [] for name in works}
     for _ in range(repeats):
@@ -69,6 +76,21 @@ def figure(samples: list[float], unit: str, better: str) -> dict:
 def ratio(samples: dict[str, list[float]], ours: str, peer: str) -> dict:
     """ours / peer, repeat by repeat, as both saw the same load; order the two so that more is better."""
     return figure([a / b for a, b in zip(samples[ours], samples[peer])], f"{ours} / {peer}", "higher")
+
+
+def rates(label: str, samples: dict[str, list[Rate]], thing: str, peer: str) -> tuple[dict, dict]:
+    """(figures, ratios) of works whose samples are Rates: speed and CPU time of each, and the CPU time of `peer` over that of each.
+
+    Ratios are of CPU time, as wall time on a busy machine says more about its other users.
+    """
+    figures, ratios = {}, {}
+    for name, values in samples.items():
+        figures[f"{label}, {name}"] = figure([r.per_second for r in values], f"{thing}s/s", "higher")
+        figures[f"{label}, {name}, CPU"] = figure([r.cpu_ms for r in values], f"CPU ms/{thing}", "lower")
+        if name != peer:
+            costs = {"ours": [r.cpu_ms for r in values], peer: [r.cpu_ms for r in samples[peer]]}
+            ratios[f"{label}, {name} against {peer}"] = ratio(costs, peer, "ours") | {"unit": f"CPU of {peer} / CPU of {name}"}
+    return figures, ratios
 
 
 def report(settings: dict, figures: dict[str, dict], ratios: dict[str, dict]) -> dict:

@@ -8,22 +8,22 @@ import numpy as np
 from benchmarks import frame, small_world
 from data.records import open_split
 from data.stream import Input
-from hawk_jax.config import HawkConfig, PrepareConfig
+from hawk_jax.config import HawkConfig
 
 CLIPS, BATCH = 12, 4
 THREADS = (0, 1, 2, 4)
 
 
-def stream_rate(config: HawkConfig) -> float:
-    """Clips per second of a running stream: what threads had ready before is not counted."""
+def stream_rate(config: HawkConfig) -> frame.Rate:
+    """Of clips of a running stream; what threads had ready before is not counted."""
     with Input(config).train_batches() as batches:
         for _ in range(1 + max(config.input.threads, config.input.buffer)):
             next(batches)
-        return frame.per_second(lambda: next(batches), BATCH)
+        return frame.rate(lambda: next(batches), BATCH)
 
 
-def plain_rate(records: Path, options: PrepareConfig) -> float:
-    """Clips per second of: read a record, decode the view's JPEGs in turn, unpack the mask.  No text, no crop, no batch."""
+def plain_rate(records: Path) -> frame.Rate:
+    """Of clips for which we read a record, decode the view's JPEGs in turn and unpack the mask: no text, no crop, no batch."""
     source, numbers = open_split(records, "train"), itertools.count()
 
     def clip() -> None:
@@ -32,7 +32,7 @@ def plain_rate(records: Path, options: PrepareConfig) -> float:
             cv2.imdecode(np.frombuffer(record.frames[position], np.uint8), cv2.IMREAD_COLOR_RGB)
         np.unpackbits(record.mask_bits_NHW8[record.view_VT[0]], axis=-1)
     clip()
-    return frame.per_second(clip, 1)
+    return frame.rate(clip, 1)
 
 
 @frame.benchmark("input", "records to batches, clips per second of one host by threads, beside a plain loop that only decodes")
@@ -44,9 +44,9 @@ def run(folder: Path, repeats: int) -> dict:
         small_world.prepared(world, out, options)
         works = {f"{t} threads": lambda t=t, o=out, p=options: stream_rate(small_world.reading(o, p, clips=BATCH, threads=t))
                  for t in THREADS}
-        samples = frame.interleaved(works | {"plain loop": lambda o=out, p=options: plain_rate(o, p)}, repeats)
-        figures |= {f"{name}, {who}": frame.figure(values, "clips/s", "higher") for who, values in samples.items()}
-        ratios[f"{name}, 2 threads / none"] = frame.ratio(samples, "2 threads", "0 threads")
-        ratios[f"{name}, 2 threads / plain loop"] = frame.ratio(samples, "2 threads", "plain loop")
+        samples = frame.interleaved(works | {"plain loop": lambda o=out: plain_rate(o)}, repeats)
+        figures, ratios = (a | b for a, b in zip((figures, ratios), frame.rates(name, samples, "clip", "plain loop")))
+        speeds = {who: [r.per_second for r in values] for who, values in samples.items()}
+        ratios[f"{name}, 2 threads against none"] = frame.ratio(speeds, "2 threads", "0 threads")
     return frame.report({"clips": CLIPS, "batch": BATCH, "demo": "8 frames of 112 pixels",
                          "224x32": "32 frames of 224 pixels"}, figures, ratios)

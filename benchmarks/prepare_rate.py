@@ -39,13 +39,12 @@ def run(folder: Path, repeats: int) -> dict:
     parser, figures, ratios = MotionParser("embedded"), {}, {}
 
     def rate(work, items):
-        return lambda: frame.per_second(lambda: [work(item) for item in items], len(items))
+        return lambda: frame.rate(lambda: [work(item) for item in items], len(items))
     for name, options in (("demo", small_world.DEMO), ("224x32", small_world.FULL)):
         samples = frame.interleaved({
             "ours": rate(lambda e, o=options: make_record(e, world, o, parser), entries),
-            "plain": rate(lambda p, o=options: plain_loop(p, o), paths)}, repeats)
-        figures |= {f"{name}, {who}": frame.figure(samples[who], "clips/s per core", "higher") for who in samples}
-        ratios[f"{name}, ours / plain"] = frame.ratio(samples, "ours", "plain")
+            "plain loop": rate(lambda p, o=options: plain_loop(p, o), paths)}, repeats)
+        figures, ratios = (a | b for a, b in zip((figures, ratios), frame.rates(name, samples, "clip", "plain loop")))
     commands = [_command(world) for _ in range(repeats)]
     figures[f"demo, command for {CLIPS + 2} clips"] = frame.figure(commands, "s, all cores, with the start of processes", "lower")
     size = np.mean([p.stat().st_size for p in paths]) / 1024
