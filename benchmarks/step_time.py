@@ -45,8 +45,8 @@ class Stepper:
     def __init__(self, config: HawkConfig, mesh, kept: bool):
         self.mesh, self.strategy, self.batch = mesh, config.mesh.strategy, made_up_batch(config, kept)
         with use(mesh, self.strategy):
-            _, self.frozen = freeze.split(build.init_params(config.model, random_key(0, 0)), config.model)
-            self.state, self.step = init_state(config, mesh), make_train_step(config, mesh)
+            params, self.frozen = freeze.split(build.init_params(config.model, random_key(0, 0)), config.model)
+            self.state, self.step = init_state(config, mesh, params), make_train_step(config, mesh)
         self.first = frame.seconds(lambda: self.run(1))
 
     def run(self, steps: int = STEPS) -> None:
@@ -66,7 +66,8 @@ def run(folder: Path, repeats: int) -> dict:
     samples = frame.interleaved({name: lambda s=s: frame.rate(s.run, STEPS) for name, s in steppers.items()}, repeats)
     wall = {name: [1000 / r.per_second for r in values] for name, values in samples.items()}
     figures = {f"from {name}": frame.figure(values, "ms/step", "lower") for name, values in wall.items()}
-    figures |= {f"from {name}, CPU": frame.figure([r.cpu_ms for r in values], "CPU ms/step", "lower") for name, values in samples.items()}
+    for name, values in samples.items():
+        figures[f"from {name}, CPU"] = frame.figure([r.cpu_ms for r in values], "CPU ms/step", "lower")
     figures |= {f"from {name}, first step": frame.figure([s.first], "s, with compilation", "lower") for name, s in steppers.items()}
     ratios = {"speed-up by kept features": frame.ratio(wall, "pictures", "features")}
     return frame.report({"config": "configs/demo.py:stage1", "clips": config.input.clips, "tokens_per_row": LENGTH,
