@@ -4,15 +4,19 @@ Values live in nested dicts of arrays outside the modules: that is what is shard
 exported, and passing them through `jax.jit` costs a tenth of passing modules.  The paths are the checkpoint format.
 """
 import functools
+import math
 import zlib
 
 import jax
+import numpy as np
 from flax import nnx
 
 from hawk_jax.axes import param_shardings
 from hawk_jax.config import HawkError, ModelConfig
 from hawk_jax.models.hawk import Hawk
 from hawk_jax.models.layers import Init
+
+SMALL = 2**20     # values; a leaf below is drawn whole on one device and then placed
 
 
 class ParamsError(HawkError):
@@ -65,9 +69,22 @@ def shardings(config: ModelConfig, mesh, strategy: str) -> dict:
 
 
 @functools.lru_cache(maxsize=256)
-def _drawer(init_kind: str, shape, dtype, sharding):
-    """One small program per kind and shape, shared by all leaves that have them: compiling one program of all leaves takes longer."""
-    return jax.jit(lambda key, scale: Init(init_kind, scale).draw(key, shape, dtype), out_shardings=sharding)
+def _drawer(init: Init, shape, dtype, sharding):
+    return jax.jit(lambda key: init.draw(key, shape, dtype), out_shardings=sharding)
+
+
+def _draw(init: Init, key, abstract, sharding):
+    """One leaf.  Small ones are cut from a line of a power of two, so that a few programs serve them all: compiling one per shape
+    takes longer than everything else at toy sizes.  Large ones are drawn where they belong."""
+    size = math.prod(abstract.shape)
+    if size >= SMALL:
+        return _drawer(init, abstract.shape, abstract.dtype, sharding)(key)
+    if init.kind in ("zeros", "ones"):
+        value = np.full(abstract.shape, init.kind == "ones", abstract.dtype)
+    else:
+        line = _drawer(Init(init.kind, 1.0), (max(1024, 1 << (size - 1).bit_length()),), "float32", None)(key)
+        value = (init.scale * np.asarray(line)[:size].reshape(abstract.shape)).astype(abstract.dtype)
+    return jax.device_put(value, sharding)
 
 
 def init_params(config: ModelConfig, key, shardings=None) -> dict:
@@ -77,9 +94,8 @@ def init_params(config: ModelConfig, key, shardings=None) -> dict:
     """
     places, flat = flatten(shardings) if shardings else {}, {}
     for path, v in _structure(config)[1].items():
-        abstract, own = v.get_value(), jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-        draw = _drawer(v.init.kind, abstract.shape, abstract.dtype, places.get(path))
-        flat[path] = draw(own, v.init.scale)
+        own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        flat[path] = _draw(v.init, own, v.get_value(), places.get(path))
     return _nest(flat)
 
 
