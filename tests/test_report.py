@@ -95,7 +95,8 @@ def made(folder, summaries=None, versions=None) -> str:
 def test_page_says_what_the_files_say(folder):
     page = made(folder)
     words = re.sub(r"\s+", " ", " ".join(Page(page).words))
-    for said in ("33.3", "4.5 times less", "best constant 11.1", "A fire burns out of control.", "✓ class named", "✓ equal", "✗ differs",
+    for said in ("33.3", "4.5 × the 7.4 with clips shuffled, 11.1 by the best constant",
+                 "A fire burns out of control.", "✓ class named", "✓ equal", "✗ differs",
                  "(nothing)", "appearance only", "only the renderer of the synthetic world knows", "412 clips/s", "at step 10",
                  "run.checkpoint_every = 2500", "jax", "0.10", "30.0", "all stages 90.0", "1 clips, classes in turn"):
         assert said in words, said
@@ -110,7 +111,7 @@ def test_page_is_one_valid_file_with_everything_escaped(folder):
     assert {link[1:] for link in page.links if link} <= page.ids        # only links inside the page, none dangling
     assert not re.search(r"url\(|@import|<link", text)
     picture = base64.b64decode(next(s for s in page.sources if s).split(",")[1])
-    assert cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).shape == (64, 128, 3)
+    assert cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).shape == (64, 134, 3)
     assert "".join(page.words).count(EVIL) >= 4, "shown as the text it is: clip, reference, question, constant"
 
 
@@ -168,5 +169,6 @@ def test_strip_shows_frames_over_what_moves():
     mask = np.zeros((3, 32, 32), np.uint8)
     mask[:, :, :16] = 255
     sheet = cv2.imdecode(np.frombuffer(strip_jpeg(frames, mask), np.uint8), cv2.IMREAD_COLOR).astype(int)
-    assert sheet.shape == (64, 96, 3)
-    assert abs(sheet[:32] - 200).max() < 8 and abs(sheet[32:, :8] - 200).max() < 8 and sheet[32:, 24:32].max() < 60
+    assert sheet.shape == (64, 100, 3)
+    assert abs(sheet[:32, :24] - 200).max() < 8 and abs(sheet[:32, 40:60] - 200).max() < 8 and sheet[:, 32:34].max() < 60
+    assert abs(sheet[32:, :8] - 200).max() < 8 and sheet[32:, 24:32].max() < 60

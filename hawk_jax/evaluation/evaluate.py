@@ -21,6 +21,8 @@ from hawk_jax.evaluation.tables import results_text
 from hawk_jax.evaluation.text_metrics import BLEU_RECIPE, best_constant, bleu, derangement, exact
 from hawk_jax.inference.generate import Generator
 
+GAP = 2                 # black columns between the frames of a sample's picture
+
 CONTROLS = {
     "model": "generated texts against the references of their clips",
     "shuffled": "the same texts against the references of other clips of a fixed derangement: what the model would score if its clips "
@@ -171,7 +173,8 @@ def strip_jpeg(frames_THWC: np.ndarray, mask_THW: np.ndarray, most: int = 8) -> 
     moving = (frames * (masks[..., None] / 255)).round().astype(np.uint8)
     # what does not move stays visible, dark, so that one sees where the motion is
     below = np.maximum(moving, (frames * 0.18).astype(np.uint8))
-    sheet_HWC = np.concatenate([np.concatenate(list(row), axis=1) for row in (frames, below)], axis=0)
+    pair_THWC = np.pad(np.concatenate([frames, below], axis=1), ((0, 0), (0, 0), (0, GAP), (0, 0)))
+    sheet_HWC = np.concatenate(list(pair_THWC), axis=1)[:, :-GAP]
     return cv2.imencode(".jpg", cv2.cvtColor(sheet_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
 
 

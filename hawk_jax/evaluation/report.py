@@ -25,22 +25,21 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 # ------------------------------------------------------------------------------------------------ scores
 def _headline(results: dict) -> list[dict]:
-    cards, table = [], results["descriptions"]["one_reference"]
+    cards = []
     if classes := results.get("classes"):
         cards.append({"name": "Class named correctly", "figure": figure(classes["right"]),
-                      "beside": f"chance {figure(classes['chance'])}, texts of other clips {figure(classes['shuffled_right'])}; "
+                      "beside": f"{figure(classes['shuffled_right'])} with clips shuffled, chance {figure(classes['chance'])}; "
                                 f"macro recall {figure(classes['macro_recall'])}"})
     for kind, name in (("one_reference", "BLEU-4, one reference"), ("all_references", "BLEU-4, all right sentences")):
         if table := results["descriptions"].get(kind):
-            times = ratio(table, "shuffled")
-            cards.append({"name": name, "figure": figure(table["model"]["bleu_4"], "bleu"),
-                          "beside": f"clips shuffled {figure(table['shuffled']['bleu_4'], 'bleu')}"
-                                    + (f" ({times:.1f} times less)" if times else "")
-                                    + f", best constant {figure(table['constant']['bleu_4'], 'bleu')}"})
+            model, shuffled, constant = (figure(table[who]["bleu_4"], "bleu") for who in ("model", "shuffled", "constant"))
+            times = f"{ratio(table, 'shuffled'):.1f} × the " if ratio(table, "shuffled") else ""
+            cards.append({"name": name, "figure": model,
+                          "beside": f"{times}{shuffled} with clips shuffled, {constant} by the best constant"})
     if answers := results.get("answers"):
         cards.append({"name": "Answers equal to the reference", "figure": figure(answers["model"]["exact"]),
-                      "beside": f"clips shuffled {figure(answers['shuffled']['exact'])}, best constant per question "
-                                f"{figure(answers['constant_per_question']['exact'])}"})
+                      "beside": f"{figure(answers['shuffled']['exact'])} with clips shuffled, "
+                                f"{figure(answers['constant_per_question']['exact'])} by the best constant per question"})
     return cards
 
 
@@ -128,11 +127,10 @@ def _stages(configs: Mapping[str, HawkConfig], summaries: Mapping[str, dict]) ->
 
 
 def _timings(summaries: Mapping[str, dict]) -> list[dict]:
-    longest = max((s["seconds"] for s in summaries.values()), default=1)
-    rows = [{"name": name, "seconds": f"{s['seconds']:.1f}", "percent": round(100 * s["seconds"] / max(longest, 1e-9))}
-            for name, s in summaries.items()]
     total = sum(s["seconds"] for s in summaries.values())
-    return [*rows, {"name": "all stages", "seconds": f"{total:.1f}", "percent": 0}] if rows else []
+    rows = [{"name": name, "seconds": f"{s['seconds']:.1f}", "percent": round(100 * s["seconds"] / max(total, 1e-9))}
+            for name, s in summaries.items()]
+    return [*rows, {"name": "all stages", "seconds": f"{total:.1f}", "percent": 100}] if rows else []
 
 
 # ------------------------------------------------------------------------------------------------ the page
