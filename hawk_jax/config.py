@@ -302,6 +302,10 @@ def _check_input(c: "HawkConfig") -> list[str]:
         faults.append("input.buckets must ascend without repeats")
     if max((*i.buckets, i.max_conversation_tokens)) > c.model.llama.max_positions:
         faults.append("input.buckets and input.max_conversation_tokens may not exceed model.llama.max_positions")
+    if min(i.clips, i.buffer, *i.buckets) < 1 or min(i.threads, i.workers, i.views) < 0:
+        faults.append("input.clips, input.buffer and input.buckets must be at least 1, input.threads, workers and views at least 0")
+    if not 0 < i.crop_scale[0] <= i.crop_scale[1] <= 1 or not 0 < i.crop_ratio[0] <= i.crop_ratio[1]:
+        faults.append("input.crop_scale is a share of the area (0 < least <= most <= 1), input.crop_ratio ascends above 0")
     if not 0 <= i.conversation_share <= 1 or not 0 <= i.description_probability <= 1:
         faults.append("input.conversation_share and input.description_probability are probabilities: 0..1")
     if i.first_motion_index == "one" and i.branch_frames == "shared" and i.features == "live" and c.prepare.frames < 2:

@@ -1,6 +1,8 @@
 """The input against its own promises: any number of hosts, threads and workers, any start; and against the records read by hand."""
 import dataclasses
 import json
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -282,6 +284,26 @@ def test_faults_are_named(config, folder, tmp_path):
         Input(override(config, ["input.datasets=()"])).clips("train")
     with pytest.raises(ConfigError, match="below input.views=0"):
         Input(config).view_batches("train", 0)
+
+
+@pytest.mark.parametrize("option", ["clips=0", "buffer=0", "threads=-1", "buckets=(0, 9)", "crop_scale=(0.0, 1.0)", "crop_ratio=(2.0, 1.0)"])
+def test_options_that_cannot_work_are_refused(config, option):
+    with pytest.raises(ConfigError, match="must be at least|share of the area"):
+        override(config, [f"input.{option}"])
+
+
+def test_reading_never_starts_a_jax_device(config, folder):
+    """Devices belong to the training process; Grain imports jax, which is harmless until somebody asks it for one."""
+    script = f"""
+from jax._src import xla_bridge
+from data.stream import Input
+from hawk_jax.config import DataSource, HawkConfig, InputConfig, PrepareConfig
+config = HawkConfig(prepare={PREPARE!r}, input=InputConfig(datasets=(DataSource({str(folder)!r}),), clips=4, tokenizer="embedded"))
+with Input(config).train_batches() as batches:
+    next(batches)
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
