@@ -286,7 +286,8 @@ def test_faults_are_named(config, folder, tmp_path):
         Input(config).view_batches("train", 0)
 
 
-@pytest.mark.parametrize("option", ["clips=0", "buffer=0", "threads=-1", "buckets=(0, 9)", "crop_scale=(0.0, 1.0)", "crop_ratio=(2.0, 1.0)"])
+@pytest.mark.parametrize("option", ["clips=0", "buffer=0", "threads=-1", "buckets=(0, 9)", "crop_scale=(0.0, 1.0)",
+                                    "crop_ratio=(2.0, 1.0)"])
 def test_options_that_cannot_work_are_refused(config, option):
     with pytest.raises(ConfigError, match="must be at least|share of the area"):
         override(config, [f"input.{option}"])
