@@ -129,7 +129,7 @@ def demo(file: str, options: list[str], out: Path | None = None, fresh: bool = F
 
     def prepare():
         from data.prepare import prepare
-        return prepare(videos=out / "world" / "videos", annotations=out / "world", out=out / "records", spacy="embedded", config=one)
+        return prepare(videos=out / "world", annotations=out / "world", out=out / "records", spacy="embedded", config=one)
 
     def pretrain():
         from hawk_jax.training.pretrain import pretrain

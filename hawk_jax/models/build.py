@@ -87,13 +87,16 @@ def _draw(init: Init, key, abstract, sharding):
     return jax.device_put(value, sharding)
 
 
-def init_params(config: ModelConfig, key, shardings=None) -> dict:
+def init_params(config: ModelConfig, key, shardings=None, wanted=lambda path: True) -> dict:
     """Initial values, made on the devices where they belong; every leaf has its own key, made from its path.
 
     shardings: the tree of `shardings`, or None for the default device.  The values are the same on every mesh.
+    wanted(path): False for leaves that are not to be drawn and are left out.  Not for use inside `jax.jit`.
     """
     places, flat = flatten(shardings) if shardings else {}, {}
     for path, v in _structure(config)[1].items():
+        if not wanted(path):
+            continue
         own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
         flat[path] = _draw(v.init, own, v.get_value(), places.get(path))
     return _nest(flat)

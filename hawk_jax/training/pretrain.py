@@ -22,11 +22,14 @@ import optax
 from tqdm import tqdm
 
 from hawk_jax.config import HawkConfig, HawkError, PretrainConfig
-from hawk_jax.mesh import batch_sharding, make_mesh, use
+from hawk_jax.mesh import make_mesh, use
 from hawk_jax.models import build
+from hawk_jax.training import freeze
 from hawk_jax.training.features import encode_features
 from hawk_jax.training.frozen import save_frozen
-from hawk_jax.training.losses import hawk_losses, total_loss
+from hawk_jax.training.losses import hawk_losses, mean, total_loss
+from hawk_jax.training.state import INITIAL, random_key
+from hawk_jax.training.step import put_batch
 
 X_BINS, Y_BINS, ANGLE_BINS = 16, 8, 3   # 320 pixels in bins of 20: finer than a pedestrian is wide
 CLASS_WEIGHT, COLOUR_WEIGHT = 0.3, 0.5  # a single frame seldom tells the class, so 0a counts it less
@@ -120,7 +123,7 @@ def fit(name: str, loss_fn: Callable, trainable: dict, rest: dict, batches: Iter
     moments, pending = jax.jit(tx.init)(trainable), None
     with tqdm(total=steps, desc=f"stage {name}", unit="step", mininterval=1.0) as bar:
         for n in range(steps):
-            trainable, moments, figures = step(trainable, moments, rest, jax.device_put(next(batches), batch_sharding(mesh)))
+            trainable, moments, figures = step(trainable, moments, rest, put_batch(next(batches), mesh))
             if n % 25 == 24 or n == steps - 1:
                 pending, figures = figures, pending        # read one report late: the host never waits for this step
                 if figures:
@@ -214,7 +217,7 @@ def train_decoder(config: HawkConfig, params: dict, input, mesh, log: list) -> d
     def loss_fn(trainable, rest, batch):
         hawk = build.bind(config.model, rest | trainable)
         parts = hawk_losses(hawk(batch), batch, trainable["llama"]["lm_head"]["kernel"], config.loss)
-        return total_loss(parts, config.loss), {name: s / jnp.maximum(w, 1e-6) for name, (s, w) in parts.items()}
+        return total_loss(parts, config.loss), {name: mean(pair) for name, pair in parts.items()}
 
     rest = {k: v for k, v in params.items() if k not in names}
     trained = fit("0c decoder", loss_fn, {k: params[k] for k in names}, rest, input.train_batches(0), config.pretrain.decoder_steps,
@@ -229,20 +232,23 @@ def pretrain(config: HawkConfig, labels_file: Path) -> dict:
     Raises HawkError if labels are missing, do not fit the data set, or a phase diverges.
     """
     from data.stream import Input  # data/ needs cv2 and grain, which importing hawk_jax.training must not
-    start, log = time.perf_counter(), []
+    start, log, kept = time.perf_counter(), [], config.model
     r = dataclasses.replace
+    config = r(config, model=r(config.model, frozen_dtype="float32"))   # what trains here is cast when it is kept
     live = Input(r(config, input=r(config.input, features="live", conversation_share=0.5)))
     split = config.input.train_split
     labels = Labels(Path(labels_file), live.clips(split), config.prepare.frames)
     mesh = make_mesh(config.mesh)
     with use(mesh, config.mesh.strategy):
-        params = build.init_params(r(config.model, frozen_dtype="float32"), jax.random.key(config.model.seed))
+        params = build.init_params(config.model, random_key(config.model.seed, INITIAL))
         params = train_encoder(config, params, _pictures(live, split), labels, mesh, log)
         features = encode_features(config, params, live, mesh, [split])
         params = train_branches(config, params, features[split], labels, mesh, log)
         cached = Input(r(config, input=r(config.input, features="memory", conversation_share=0.5)), features=features)
         params = train_decoder(config, params, cached, mesh, log)
-    frozen = build.cast_frozen(config.model, {k: params[k] for k in ("encoder", "llama")})
+    _, frozen = freeze.split(params, kept)
+    _, wanted = freeze.split(build.abstract_params(kept), kept)
+    frozen = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), frozen, wanted)
     tree_hash = save_frozen(Path(config.run.frozen), frozen, {
         "made_by": "stage 0 on the synthetic world: toy pre-training with labels of the renderer", "phases": log})
     return {"seconds": time.perf_counter() - start, "frozen_hash": tree_hash, "frozen_folder": config.run.frozen, "phases": log}

@@ -57,9 +57,7 @@ def init_state(config: HawkConfig, mesh, params: dict | None = None) -> TrainSta
     params: trainable parameters to start from, which are given up to the state; None draws them from run.seed.
     """
     tx, shardings = optimizer(config), state_shardings(config, mesh)
-    if params is not None:
-        return jax.jit(lambda p: fresh_state(p, tx), out_shardings=shardings, donate_argnums=0)(params)
-
-    def draw(key):      # the frozen part of `init_params` is dead code here, and never computed
-        return fresh_state(freeze.split(build.init_params(config.model, key), config.model)[0], tx)
-    return jax.jit(draw, out_shardings=shardings)(random_key(config.run.seed, INITIAL))
+    if params is None:
+        params = build.init_params(config.model, random_key(config.run.seed, INITIAL), shardings.params,
+                                   wanted=lambda path: freeze.trains(path, config.model))
+    return jax.jit(lambda p: fresh_state(p, tx), out_shardings=shardings, donate_argnums=0)(params)
