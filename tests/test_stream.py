@@ -197,6 +197,17 @@ def test_released_options_show_the_motion_branch_its_own_frames(config, folder):
     assert "motion_crop_B4" not in shared and "motion_frames_BTHWC" not in shared
 
 
+def test_texts_are_drawn_anew_at_every_visit(config, folder):
+    source, tokenizer, visits = open_split(folder, "train"), Tokenizer("embedded"), {}
+    for batch in first(config, 10):
+        for row, clip in enumerate(batch["clip_id_B"].tolist()):
+            seen = visits.setdefault(clip, [])
+            tokens = clip_row(source.texts[clip], tokenizer, config.input, 32, clip=source.texts[clip].content_hash, epoch=len(seen))
+            seen.append(batch["tokens_RS"][row].tobytes())
+            np.testing.assert_array_equal(batch["tokens_RS"][row, :len(tokens["tokens"])], tokens["tokens"])
+    assert any(len(set(seen)) > 1 for seen in visits.values())
+
+
 def test_rows_fit_their_bucket_and_no_shorter_one(config):
     config = bucketed(config)
     input = Input(config)
