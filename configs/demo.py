@@ -26,9 +26,10 @@ from hawk_jax.config import (
 )
 
 FOLDER = "runs/demo"
-WORLD = WorldConfig(train_clips=400, validation_clips=40, test_clips=100, seconds=(5.0, 7.0))
-PRETRAIN = PretrainConfig()
-STEPS = {1: 500, 2: 500}
+CLASSES = ("walking", "running", "driving", "wrong_way", "standing_up", "falling", "empty", "fire", "collision", "pavement_car")
+WORLD = WorldConfig(train_clips=320, validation_clips=20, test_clips=100, seconds=(5.0, 7.0), classes=CLASSES)
+PRETRAIN = PretrainConfig(encoder_steps=250, branch_steps=300, decoder_steps=350)
+STEPS = {1: 400, 2: 350}
 
 
 def tiny_model() -> ModelConfig:
