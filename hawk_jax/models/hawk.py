@@ -154,7 +154,8 @@ class Hawk(nnx.Module):
             motion_key = jax.vmap(jax.random.fold_in, (0, None))(video_key, 1)
         video_BQD, video_BQZ = self.video(video_BTQE, video_key)
         motion_BQD, motion_BQZ = self.motion(motion_BTQE, motion_key)
-        return jnp.concatenate([video_BQD, motion_BQD], axis=1), video_BQZ, motion_BQZ
+        visual_BQD = constrain(jnp.concatenate([video_BQD, motion_BQD], axis=1), "batch", None, None)
+        return visual_BQD, video_BQZ, motion_BQZ
 
     def embed_rows(self, batch, visual_BQD):
         """x_RSD: text embeddings, with visual token slot_RS of clip clip_RS where slot_RS >= 0.
@@ -168,7 +169,8 @@ class Hawk(nnx.Module):
         table = visual_BQD.reshape(shards, -1, visual_BQD.shape[2])
         spliced = jax.vmap(lambda t, i: jnp.take(t, i, axis=0, mode="clip"))(table, index_RS.reshape(shards, rows // shards, -1))
         spliced_RSD = spliced.reshape(rows, -1, visual_BQD.shape[2])
-        return jnp.where(slot_RS[..., None] >= 0, spliced_RSD, self.llama.embed(batch["tokens_RS"]))
+        x_RSD = jnp.where(slot_RS[..., None] >= 0, spliced_RSD, self.llama.embed(batch["tokens_RS"]))
+        return constrain(x_RSD, "batch", None, None)
 
     def __call__(self, batch, *, dropout_key=None) -> HawkOutputs:
         """The whole forward pass; with a dropout key, as in training."""

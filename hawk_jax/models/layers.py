@@ -120,7 +120,7 @@ def keep_mask(keys_B, rate: float, size: int):
     One draw for a whole Q-Former, because every draw is a program of its own to compile: twenty of them take seconds.
     """
     bits_BN = jax.vmap(lambda key: jax.random.bits(key, (size,), jnp.uint32))(keys_B)
-    return constrain(bits_BN >= jnp.uint32(round(rate * 2**32)), "batch")
+    return constrain(bits_BN >= jnp.uint32(round(rate * 2**32)), "batch", None)
 
 
 class Drop:
@@ -147,7 +147,11 @@ def rematerialise(body, remat: str):
 
 
 def scan_layers(body, x, layers, *others, remat: str = "none"):
-    """x after body(x, layer, *other) over all stacked layers; `others` are arrays with a leading layer axis."""
+    """x after body(x, layer, *other) over all stacked layers; `others` are arrays with a leading layer axis.
+
+    x is kept split by its first axis: without being told, the compiler may carry it split by width, as the parameters are, and then
+    sums activations over devices in every layer instead of gathering weights.
+    """
     def step(x, slices):
-        return body(x, *slices), None
-    return jax.lax.scan(rematerialise(step, remat), x, (layers, *others))[0]
+        return constrain(body(x, *slices), "batch", None, None), None
+    return jax.lax.scan(rematerialise(step, remat), constrain(x, "batch", None, None), (layers, *others))[0]

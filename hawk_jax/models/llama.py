@@ -82,7 +82,9 @@ class Llama(nnx.Module):
 
     def embed(self, tokens):
         """Token embeddings in the compute dtype, one more axis D than `tokens`."""
-        return jnp.take(self.embed_tokens[...], tokens, axis=0, mode="clip").astype(self.dtype)
+        # The table is gathered like a layer's weights: a lookup in a split one gathers the embeddings of all rows on every device.
+        table_VD = constrain(self.embed_tokens[...], None, None)
+        return constrain(jnp.take(table_VD, tokens, axis=0, mode="clip").astype(self.dtype), "batch")
 
     def logits(self, h):
         """[..., D] -> float32 [..., V]; small batches only, losses apply the head in chunks."""
@@ -93,9 +95,8 @@ class Llama(nnx.Module):
         mask_RSU, turn = causal_mask(segment_RS), self._turn(position_RS)
 
         def layer(x_RSD, block):
-            x_RSD = block(x_RSD, turn, lambda q, k, v: attend(q, k, v, mask_RSU))
-            return constrain(x_RSD, "batch", None, None)
-        return self.norm(scan_layers(layer, constrain(x_RSD, "batch", None, None), self.layers, remat=self.remat))
+            return block(x_RSD, turn, lambda q, k, v: attend(q, k, v, mask_RSU))
+        return self.norm(scan_layers(layer, x_RSD, self.layers, remat=self.remat))
 
     def _turn(self, position_RS):
         return rotary(position_RS, self.config.width // self.config.heads, self.config.rope_theta)
