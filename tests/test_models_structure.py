@@ -219,13 +219,16 @@ def test_recomputation_changes_no_gradient(params, remat):
 
 
 def test_compute_dtype_is_honoured(params):
-    """bf16 in the decoder and branches and from the encoder, float32 statistics; within bf16's 2^-8 of the float32 result."""
-    config = dataclasses.replace(TINY, compute_dtype="bfloat16", frozen_dtype="bfloat16")
-    low = jax.tree.map(lambda x, a: x.astype(a.dtype), params, build.abstract_params(config))
+    """bf16 from the encoder and in branches and decoder; within ten roundings of 2^-8 of the float32 result, a wrong one is off by 1."""
+    low = dataclasses.replace(TINY, compute_dtype="bfloat16", frozen_dtype="bfloat16")
     batch = pictures(1, np.random.default_rng(0)) | row([[1, 0, 0, 7]], [[1] * 4], [[0, 1, 2, 3]], [[-1, 0, 9, -1]], [[0] * 4])
-    ours = jax.jit(lambda p, b: (build.bind(config, p).image_tokens(b), build.bind(config, p)(b)))(low, batch)
-    exact = jax.jit(lambda p, b: (build.bind(TINY, p).image_tokens(b), build.bind(TINY, p)(b)))(params, batch)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(config, params):
+        hawk = build.bind(config, params)
+        video, motion = hawk.image_tokens(batch)
+        return video, motion, hawk({k: v for k, v in batch.items() if k[-2:] == "RS"} | {"video_BTQE": video, "motion_BTQE": motion})
+    ours = run(low, jax.tree.map(lambda x, a: x.astype(a.dtype), params, build.abstract_params(low)))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(ours))
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
-        y = np.asarray(y)
-        assert np.abs(np.asarray(x, np.float32) - y).mean() < 0.02 * np.abs(y).mean()
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(run(TINY, params)), strict=True):
+        assert np.abs(np.asarray(x, np.float32) - np.asarray(y)).mean() < 10 * 2**-8 * np.abs(np.asarray(y)).mean()
