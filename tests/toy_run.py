@@ -1,11 +1,24 @@
 """A HAWK of a few thousand values and an input that needs no files, for tests of training.  Test code only."""
-import dataclasses
+import contextlib
+import zlib
 
 import jax
 import numpy as np
 
-from hawk_jax.config import (HawkConfig, InputConfig, LlamaConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, PrepareConfig, QFormerConfig,
-                             RunConfig, VitConfig, override)
+from hawk_jax.config import (
+    HawkConfig,
+    InputConfig,
+    LlamaConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    QFormerConfig,
+    RunConfig,
+    VitConfig,
+    override,
+)
 from hawk_jax.mesh import make_mesh
 from hawk_jax.models import build
 from hawk_jax.training import freeze
@@ -33,11 +46,36 @@ def one_device():
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
 
 
+def toy_params(config: HawkConfig, mesh) -> tuple[dict, dict]:
+    """(trainable, frozen), the same random values on every mesh; drawn by numpy, which compiles nothing."""
+    def draw(path, leaf, sharding):
+        rng = np.random.default_rng([5, zlib.crc32("/".join(path).encode())])
+        spread = 1.0 if path[-1] == "scale" else 1 / np.sqrt(max(leaf.shape[-2:][0], 4)) * rng.standard_normal(leaf.shape)
+        return jax.device_put(np.broadcast_to(spread, leaf.shape).astype(leaf.dtype), sharding)
+    shardings = build.flatten(build.shardings(config.model, mesh, config.mesh.strategy))
+    leaves = build.flatten(build.abstract_params(config.model))
+    tree = build._nest({path: draw(path, leaf, shardings[path]) for path, leaf in leaves.items()})
+    return freeze.split(tree, config.model)
+
+
 def toy_frozen(config: HawkConfig, mesh) -> dict:
-    """The same random frozen tree for every mesh."""
-    shardings = build.shardings(config.model, mesh, config.mesh.strategy)
-    params = build.init_params(config.model, jax.random.key(5, impl="threefry2x32"), shardings)
-    return freeze.split(params, config.model)[1]
+    return toy_params(config, mesh)[1]
+
+
+@contextlib.contextmanager
+def quick_compile(tmp_path_factory):
+    """Compiling takes most of the time of these tests: a program is compiled once per session, and with fewer passes.
+
+    Yields environment variables that say the same to a child process.
+    """
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+               "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
+    old = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in options.items()}
+    for name, value in old.items():
+        jax.config.update(name, value)
 
 
 def _clip(number: int, live: bool) -> dict:
@@ -108,6 +146,3 @@ class ToyInput:
     def clip_names(self, ids) -> list[str]:
         return [f"clip{i}" for i in ids if i >= 0]
 
-
-def with_model(config: HawkConfig, **changes) -> HawkConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
