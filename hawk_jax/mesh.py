@@ -18,18 +18,30 @@ from hawk_jax.axes import BATCH, RULES
 from hawk_jax.config import ConfigError, MeshConfig
 
 NAMES = ("data", "fsdp", "tensor")
-_CLUSTER = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "OMPI_MCA_orte_hnp_uri")
+
+
+def _several_processes() -> bool:
+    """Whether the surroundings say that this process is one of several."""
+    env = os.environ
+    return bool(env.get("JAX_COORDINATOR_ADDRESS") or env.get("MEGASCALE_COORDINATOR_ADDRESS")
+                or int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1        # set by srun only: a plain call inside salloc is one process
+                or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1
+                or "," in env.get("TPU_WORKER_HOSTNAMES", ""))
 
 
 def start_processes() -> tuple[int, int]:
     """Joins the other processes of this run, if there are any; must come before the first use of a device.
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so explicitly (`launch` sets them); under Slurm, Open MPI and
-    on TPU pods jax finds them itself.  Returns (index of this process, number of processes).
+    on TPU pods jax finds them itself.  Returns (index of this process, number of processes).  ConfigError if something is missing.
     """
-    if any(os.environ.get(name) for name in _CLUSTER) and not jax.distributed.is_initialized():
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+    if _several_processes() and not jax.distributed.is_initialized():
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        address, count, index = map(os.environ.get, names)
+        if address and not (count and index):
+            raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} is set, but JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index}: "
+                              "set all three, or none")
+        jax.distributed.initialize(address, int(count), int(index)) if address else jax.distributed.initialize()
     return jax.process_index(), jax.process_count()
 
 

@@ -1,5 +1,10 @@
 """Meshes: their shape, what is put where, and that eight devices compute what one computes."""
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +31,37 @@ def test_minus_one_takes_what_is_left():
     for wrong in (MeshConfig("fsdp", 3, -1, 1), MeshConfig("fsdp", 1, 4, 1), MeshConfig("fsdp", 0, -1, 1), MeshConfig("fsdp", -2, 1, 1)):
         with pytest.raises(ConfigError, match="mesh.data"):
             mesh.mesh_shape(wrong, 8)
+
+
+JOIN = """
+import jax, numpy as np
+from hawk_jax import mesh
+from hawk_jax.config import MeshConfig
+index, count = mesh.start_processes()
+made = mesh.make_mesh(MeshConfig("fsdp", 1, -1, 1))
+rows = jax.make_array_from_process_local_data(mesh.batch_sharding(made), np.full((2, 1), index + 1.0))
+print(index, count, dict(made.shape)["fsdp"], float(jax.jit(lambda x: x.sum(), out_shardings=mesh.replicated(made))(rows)))
+"""
+
+
+def test_two_processes_make_one_mesh():
+    """Two rows of 1 from process 0 and two of 2 from process 1 sum to 6 on both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
+                        "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = [subprocess.Popen([sys.executable, "-c", JOIN], env=env | {"JAX_PROCESS_ID": str(i)}, cwd=Path(__file__).parents[1],
+                                stdout=subprocess.PIPE, text=True) for i in range(2)]
+    last = [p.communicate(timeout=120)[0].strip().splitlines()[-1] for p in started]        # lines before it are the transport's
+    assert last == ["0 2 4 6.0", "1 2 4 6.0"]
+
+
+def test_half_an_address_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES=None"):
+        mesh.start_processes()
 
 
 @needs_eight

@@ -106,7 +106,7 @@ class Llama(nnx.Module):
         """Empty keys and values [L, R, U, A, K] for `slots` tokens of each row."""
         c = self.config
         shape = (c.depth, rows, slots, c.heads, c.width // c.heads)
-        return {"k_LRUAK": jnp.zeros(shape, dtype or self.dtype), "v_LRUAK": jnp.zeros(shape, dtype or self.dtype)}
+        return {name: constrain(jnp.zeros(shape, dtype or self.dtype), None, "batch", None, "heads") for name in ("k_LRUAK", "v_LRUAK")}
 
     def extend(self, x_RSD, position_RS, mask_RSU, slot, cache):
         """Runs S new tokens, whose keys and values go to slots slot..slot+S-1 -> (h_RSD, cache).
