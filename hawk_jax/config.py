@@ -156,7 +156,7 @@ class ModelConfig:
     frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"   # of the decoder and branches; trainables and norms are float32
     remat: Literal["none", "dots", "full"] = "full"      # of decoder and video Q-Former layers
-    frames_per_chunk: int = 64          # pictures per encoder call; memory does not grow with clips x frames
+    frames_per_chunk: int = 64          # pictures per encoder call and device; memory does not grow with clips x frames
     init: Literal["reference", "fan_in"] = "reference"   # fan_in: normal(1/sqrt(fan-in)), for tiny widths where 0.02 is too small
     seed: int = 0                       # of initial values
 
