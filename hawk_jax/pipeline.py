@@ -154,6 +154,8 @@ def demo(file: str, options: list[str], out: Path | None = None, fresh: bool = F
     stages.run("report", {}, [out / "report.html"], report)
     stages.run("export", {}, [out / "exported"], lambda: {"written": export_run(two, out / "exported")})
     _goodbye(stages, first, out, time.perf_counter() - start)
+    _compare_losses(stages, Path(file))
+    print(f"report               {(out / 'report.html').resolve()}")
     return stages.summaries
 
 
@@ -162,6 +164,14 @@ def _goodbye(stages: Stages, first: dict, out: Path, seconds: float) -> None:
     for name, record in stages.summaries.items():
         print(f"{name:12} {record['seconds']:7.1f}")
     print(f"\nweights for PyTorch  {out / 'exported'}")
-    print(f"first 20 losses      {first['losses_digest']}  (stage 1; equal on one machine)")
     print(f"this call            {seconds:.0f} s")
-    print(f"report               {(out / 'report.html').resolve()}")
+    print(f"first 20 losses      {first['losses_digest']}  (stage 1; equal for equal runs on one machine)")
+
+
+def _compare_losses(stages: Stages, file: Path) -> None:
+    """How far the first losses of the very first phase are from the committed ones; later phases amplify rounding."""
+    committed, phases = file.with_name(f"{file.stem}_losses.json"), stages.summaries["pretrain"]["summary"]["phases"]
+    if committed.is_file():
+        there, here = json.loads(committed.read_text())["first_losses"], phases[0]["first_losses"]
+        furthest = max(abs(a - b) / abs(b) for a, b in zip(here, there))
+        print(f"committed losses     within {furthest:.1e} (stage 0a, first {len(here)}; expected below 1e-3 unless options were changed)")

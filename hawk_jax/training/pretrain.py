@@ -33,6 +33,7 @@ from hawk_jax.training.step import put_batch
 
 X_BINS, Y_BINS, ANGLE_BINS = 16, 8, 3   # 320 pixels in bins of 20: finer than a pedestrian is wide
 CLASS_WEIGHT, COLOUR_WEIGHT = 0.3, 0.5  # a single frame seldom tells the class, so 0a counts it less
+FIRST_LOSSES = 20                       # of each phase are kept, to compare machines and refactors
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -120,10 +121,12 @@ def fit(name: str, loss_fn: Callable, trainable: dict, rest: dict, batches: Iter
         return optax.apply_updates(trainable, updates), moments, figures | {"loss": loss}
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    moments, pending = jax.jit(tx.init)(trainable), None
+    moments, pending, first = jax.jit(tx.init)(trainable), None, []
     with tqdm(total=steps, desc=f"stage {name}", unit="step", mininterval=1.0) as bar:
         for n in range(steps):
             trainable, moments, figures = step(trainable, moments, rest, put_batch(next(batches), mesh))
+            if n < FIRST_LOSSES:
+                first.append(figures["loss"])
             if n % 25 == 24 or n == steps - 1:
                 pending, figures = figures, pending        # read one report late: the host never waits for this step
                 if figures:
@@ -132,7 +135,7 @@ def fit(name: str, loss_fn: Callable, trainable: dict, rest: dict, batches: Iter
     last = {k: float(v) for k, v in pending.items()}
     if not np.isfinite(last["loss"]):
         raise HawkError(f"stage {name}: the loss is {last['loss']} after {steps} steps; lower pretrain.learning_rate")
-    log.append({"phase": name, "steps": steps, **last})
+    log.append({"phase": name, "steps": steps, **last, "first_losses": [float(loss) for loss in first]})
     return trainable
 
 
