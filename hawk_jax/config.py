@@ -5,25 +5,17 @@ changes single values by dotted path (`optim.learning_rate=3e-5`).  `released()`
 authors' released code disagree to what the released checkpoints need; the defaults are what the paper means, or the fix.
 Sources: "paper" = HAWK, NeurIPS 2024; "released code" = the authors' public repository.
 """
-import ast
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
-import json
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hawk_jax.options import ConfigError, HawkError, differences, digest, from_dict, override, to_dict
 
-class HawkError(Exception):
-    """What a user can mend: one line that says what was wrong, where, and what to do.  The command line prints it and exits 2."""
-
-
-class ConfigError(HawkError, ValueError):
-    """A configuration that cannot be used."""
+# the other modules take everything about configurations from here
+__all__ = ["ConfigError", "HawkError", "differences", "digest", "from_dict", "override", "to_dict"]
 
 
 @dataclass(frozen=True)
@@ -254,7 +246,7 @@ class HawkConfig:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     generate: GenerateConfig = GenerateConfig()
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunConfig = RunConfig()
 
     def __post_init__(self):
         check(self)
@@ -286,6 +278,22 @@ def _check_model(m: ModelConfig) -> list[str]:
     return faults
 
 
+def _check_counts(c: "HawkConfig") -> list[str]:
+    """Sizes and counts that are divided by or loop over: below 1 they would fail far from here."""
+    m, r = c.model, c.run
+    parts = {"model.vit": m.vit, "model.image_qformer": m.image_qformer, "model.video_qformer": m.video_qformer, "model.llama": m.llama,
+             "pretrain": c.pretrain}
+    counts = {f"{part}.{f.name}": getattr(options, f.name) for part, options in parts.items() for f in dataclasses.fields(options)
+              if f.type is int and f.name != "warmup_steps"}
+    counts |= {"model.frame_positions": m.frame_positions, "model.compress": m.compress, "model.frames_per_chunk": m.frames_per_chunk,
+               "loss.chunk_tokens": c.loss.chunk_tokens, "optim.accumulation": c.optim.accumulation, "world.fps": c.world.fps,
+               "prepare.size": c.prepare.size, "prepare.max_frames": c.prepare.max_frames, "prepare.max_pixels": c.prepare.max_pixels,
+               "generate.clips": c.generate.clips, "generate.max_new_tokens": c.generate.max_new_tokens,
+               "run.checkpoint_every": r.checkpoint_every, "run.keep_checkpoints": r.keep_checkpoints, "run.log_every": r.log_every,
+               "run.validation_batches": r.validation_batches}
+    return [f"{name}={count}: must be at least 1" for name, count in counts.items() if count < 1]
+
+
 def _check_input(c: "HawkConfig") -> list[str]:
     i, faults = c.input, []
     if i.features == "memory" and i.views < 1:
@@ -315,6 +323,8 @@ def _check_input(c: "HawkConfig") -> list[str]:
 
 def check(c: "HawkConfig") -> None:
     """Raises ConfigError naming the first combination that cannot work."""
+    if faults := _check_counts(c):      # the others divide by them
+        raise ConfigError(faults[0])
     faults = _check_model(c.model) + _check_input(c)
     if c.prepare.frames > c.model.frame_positions:
         faults.append(f"prepare.frames={c.prepare.frames} exceeds model.frame_positions={c.model.frame_positions}")
@@ -324,6 +334,10 @@ def check(c: "HawkConfig") -> None:
         faults.append("prepare.jpeg_quality must be 1..100")
     if c.prepare.shards < 1 or c.prepare.views < 1 or c.prepare.frames < 1:
         faults.append("prepare.shards, prepare.views and prepare.frames must be at least 1")
+    if c.prepare.mask_threshold < 0 or not 0 <= c.prepare.validation_share <= 1:
+        faults.append("prepare.mask_threshold is at least 0 (pixels), prepare.validation_share a share: 0..1")
+    if c.loss.group_rows < 0:
+        faults.append("loss.group_rows must be at least 0 (0: one mean over the global batch)")
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         faults.append("only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
     if c.optim.warmup_steps < 0 or c.optim.epochs < 1 or c.optim.steps_per_epoch < 1:
@@ -349,155 +363,42 @@ def released(c: HawkConfig, stage: Literal[1, 2]) -> HawkConfig:
     )
 
 
-# ------------------------------------------------------------------------------------------------ overrides, digests, files
-def _fits(value, kind) -> bool:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return value in args and type(value) in {type(a) for a in args}
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        kinds = [args[0]] * len(value) if args[1:] == (...,) else args
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if kind is float:
-        return isinstance(value, float)
-    return type(value) is kind
-
-
-def _cast(value, kind):
-    """ints where floats are expected, lists where tuples are, dicts where dataclasses are; everything else unchanged."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return next((v for a in args if _fits(v := _cast(value, a), a)), value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is tuple and isinstance(value, (tuple, list)):
-        kinds = [args[0]] * len(value) if args[1:] == (...,) else args
-        return tuple(_cast(v, k) for v, k in zip(value, kinds)) if len(kinds) == len(value) else tuple(value)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return from_dict(kind, value)
-    return value
-
-
-def _kind_name(kind) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    return getattr(kind, "__name__", str(kind)) if not typing.get_origin(kind) else str(kind).replace("typing.", "")
-
-
-def _unknown(name: str, cls, where: str) -> ConfigError:
-    names = [f.name for f in dataclasses.fields(cls)]
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "there is: " + ", ".join(names)
-    return ConfigError(f"unknown option {where!r}; {hint}")
-
-
-def _parse(text: str, kind):
-    """The value that `text` means for an option of type `kind`; a bare word needs no quotes."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    if str in (kind, *typing.get_args(kind)) and not isinstance(value, str) and value is not None:
-        return text                     # a name such as `2024` stays text
-    return _cast(value, kind)
-
-
-def _assign(tree: dict, cls, path: str, text: str) -> None:
-    """Sets one dotted option in a tree of `to_dict`, in place."""
-    *parts, name = path.split(".")
-    for part in parts:
-        hints = typing.get_type_hints(cls)
-        if part not in hints:
-            raise _unknown(part, cls, path)
-        if not dataclasses.is_dataclass(hints[part]):
-            raise ConfigError(f"{path!r}: {part!r} is an option, it has no options inside")
-        cls, tree = hints[part], tree[part]
-    kind = typing.get_type_hints(cls).get(name)
-    if kind is None:
-        raise _unknown(name, cls, path)
-    if dataclasses.is_dataclass(kind):
-        raise ConfigError(f"{path!r} is a part, not an option; its options: {', '.join(f.name for f in dataclasses.fields(kind))}")
-    value = _parse(text, kind)
-    if not _fits(value, kind):
-        raise ConfigError(f"{path}={text}: expected {_kind_name(kind)}")
-    tree[name] = value
-
-
-def override(config: HawkConfig, assignments: list[str]) -> HawkConfig:
-    """Applies `a.b=value` assignments at once, so that options which only fit together can be changed together.
-
-    Raises ConfigError for an unknown path (with the nearest known one), a wrong type, or an impossible combination.
-    """
-    tree = to_dict(config)
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"expected option=value, got {assignment!r}")
-        _assign(tree, HawkConfig, path, text)
-    return from_dict(HawkConfig, tree)
-
-
-def to_dict(config) -> dict:
-    """Plain nested dict of a configuration or a part of it."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls, tree: dict):
-    """The inverse of `to_dict`; also takes what JSON made of it.  Unknown or ill-typed entries raise ConfigError."""
-    hints, values = typing.get_type_hints(cls), {}
-    for name, value in tree.items():
-        if name not in hints:
-            raise _unknown(name, cls, name)
-        values[name] = _cast(value, hints[name])
-        if not dataclasses.is_dataclass(hints[name]) and not _fits(values[name], hints[name]):
-            raise ConfigError(f"{name}={value!r}: expected {_kind_name(hints[name])}")
-    return cls(**values)
-
-
-def digest(part) -> str:
-    """16 hex digits that name the content of a configuration or of one of its parts."""
-    return hashlib.sha256(json.dumps(to_dict(part), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Lines `path: old -> new` for every leaf that differs between two dicts of `to_dict`."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif json.dumps(a) != json.dumps(b):
-            lines.append(f"{prefix}{key}: {a} -> {b}")
-    return lines
-
-
+# ------------------------------------------------------------------------------------------------ files
 def load(file: str, assignments: list[str] = ()) -> HawkConfig:
     """Runs `FILE.py` or `FILE.py:FUNCTION` (default function: `config`) and applies the assignments.
 
-    Raises ConfigError if the file or function is missing or does not return a HawkConfig.
+    Raises ConfigError if the file or function is missing, fails, or does not return a HawkConfig.
     """
     path, _, name = file.partition(":")
-    if not Path(path).is_file():
+    module, name = _module(path), name or "config"
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v) and k[0] != "_"]
+        raise ConfigError(f"{path} has no function {name!r}; there is: {', '.join(known)}")
+    config = _attempt(f"{path}:{name}", function)
+    if not isinstance(config, HawkConfig):
+        raise ConfigError(f"{path}:{name} returned {type(config).__name__}, not HawkConfig")
+    return override(config, list(assignments))
+
+
+def _module(path: str):
+    """The configuration file as a module."""
+    if not Path(path).is_file() or Path(path).suffix != ".py":
         near = difflib.get_close_matches(Path(path).name, [p.name for p in Path("configs").glob("*.py")], 1)
-        raise ConfigError(f"no configuration file {path!r}" + (f"; did you mean 'configs/{near[0]}'?" if near else ""))
+        raise ConfigError(f"no configuration file {path!r} (a .py file)" + (f"; did you mean 'configs/{near[0]}'?" if near else ""))
     spec = importlib.util.spec_from_file_location(f"hawk_config_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    _attempt(path, lambda: spec.loader.exec_module(module))
+    return module
+
+
+def _attempt(what: str, run):
+    """run(); whatever goes wrong in a file of the user's becomes one line."""
     try:
-        spec.loader.exec_module(module)
+        return run()
     except ConfigError:
         raise
     except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+        raise ConfigError(f"{error.filename or what}, line {error.lineno}: {error.msg}") from error
     except Exception as error:
-        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    function = getattr(module, name or "config", None)
-    if not callable(function):
-        known = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v) and k[0] != "_"]
-        raise ConfigError(f"{path} has no function {name or 'config'!r}; there is: {', '.join(known)}")
-    config = function()
-    if not isinstance(config, HawkConfig):
-        raise ConfigError(f"{path}:{name or 'config'} returned {type(config).__name__}, not HawkConfig")
-    return override(config, list(assignments))
+        raise ConfigError(f"{what} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error

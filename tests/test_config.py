@@ -35,6 +35,12 @@ def test_typed_overrides_apply_at_once():
     ("prepare.frames=64", "exceeds model.frame_positions"),
     ("model.llama.heads=3", "not a multiple"),
     ("world.width=160", "at least 320x240"),
+    ("model.llama.heads=0", "model.llama.heads=0: must be at least 1"),
+    ("model.compress=0", "must be at least 1"),
+    ("optim.accumulation=0", "must be at least 1"),
+    ("run.log_every=0", "must be at least 1"),
+    ("loss.group_rows=-1", "must be at least 0"),
+    ("prepare.validation_share=1.5", "a share: 0..1"),
 ])
 def test_refusals_are_one_clear_line(text, said):
     with pytest.raises(C.ConfigError) as e:
@@ -82,3 +88,9 @@ def test_files_are_functions(tmp_path):
     file.write_text("def config(:\n")
     with pytest.raises(C.ConfigError, match="line 1"):
         C.load(str(file))
+    file.write_text("def config(): return nothing\n")
+    with pytest.raises(C.ConfigError, match="x.py:config cannot be run: NameError"):
+        C.load(str(file))
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(C.ConfigError, match="no configuration file"):
+        C.load(str(tmp_path / "notes.txt"))

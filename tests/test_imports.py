@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [   # a module may import from its own layer and from those above it
-    ("hawk_jax.config", "hawk_jax.axes"),
+    ("hawk_jax.options", "hawk_jax.config", "hawk_jax.axes"),
     ("data",),
     ("hawk_jax.mesh",),
     ("hawk_jax.models",),
@@ -39,7 +39,8 @@ def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((a.name, id(node) in top) for a in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}: its layer could not be told"
             yield from ((f"{node.module}.{a.name}", id(node) in top) for a in node.names)
 
 
@@ -69,7 +70,7 @@ def test_data_imports_only_config_of_hawk_jax_and_no_jax():
 
 def test_core_imports_without_what_gpu_images_lack():
     # a subprocess in which these packages cannot be found: an import at module level would fail
-    names = [n for n, _, _ in modules() if n in ("hawk_jax.config", "hawk_jax.axes", "hawk_jax.mesh")
+    names = [n for n, _, _ in modules() if n in ("hawk_jax.options", "hawk_jax.config", "hawk_jax.axes", "hawk_jax.mesh")
              or n.startswith(("hawk_jax.models", "hawk_jax.training"))]
     code = f"""
 import importlib, sys
