@@ -5,6 +5,7 @@ step by renaming its folder, so a kill leaves whole checkpoints only.  It casts 
 """
 import contextlib
 import fnmatch
+import logging
 import math
 from pathlib import Path
 
@@ -27,6 +28,10 @@ MAY_CHANGE = (      # between a run and its continuation: where things lie, how 
     "input.clips", "input.features", "input.threads", "input.buffer", "input.workers", "input.datasets.*.folder",
     "input.validation_split", "input.test_split", "model.seed", "model.remat", "model.frames_per_chunk", "loss.chunk_tokens",
     "optim.accumulation")
+
+
+# Orbax logs a traceback for each of its threads that fails, and then raises what we catch: one line is enough.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class CheckpointError(HawkError):
@@ -104,12 +109,11 @@ class Checkpoints:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            self.wait()
+            with self._writing():
+                self._orbax.close()
         except CheckpointError:
-            if kind is None:
+            if kind is None:        # else what ended the run matters more
                 raise
-        finally:
-            self._orbax.close()
 
     @property
     def latest(self) -> int | None:
