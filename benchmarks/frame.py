@@ -1,6 +1,5 @@
 """The frame of every benchmark: a registry, interleaved timing, and a result that says where and how it was measured."""
 import datetime
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "array_record", "tensorflow-datasets",
-            "opencv-python", "opencv-python-headless", "av", "spacy", "sentencepiece")
+from hawk_jax.pipeline import versions
 
 
 @dataclass(frozen=True)
@@ -123,17 +121,6 @@ def machine() -> dict:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_GiB": round(int(memory[0]) / 2 ** 20, 1) if memory else None,
             "os": platform.platform(), "accelerator": _accelerator()}
-
-
-def versions() -> dict[str, str]:
-    """Python and every installed package that the figures may depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _git(*words: str) -> str:

@@ -4,6 +4,7 @@ A stage that finished with the same options is not repeated; an interrupted one 
 """
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import platform
@@ -15,8 +16,8 @@ from pathlib import Path
 from hawk_jax import config as cfg
 from hawk_jax.config import HawkConfig, HawkError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "sentencepiece", "spacy", "av",
-            "opencv-python", "opencv-python-headless", "numpy", "sacrebleu")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "array_record", "tensorflow-datasets",
+            "opencv-python", "opencv-python-headless", "av", "spacy", "sentencepiece", "sacrebleu")
 
 
 def versions() -> dict[str, str]:
@@ -40,7 +41,7 @@ class Stages:
         """Calls `work()` unless the stage is done; `options` and every stage before decide what "the same" means."""
         key = hashlib.sha256(json.dumps([name, options, self.previous], sort_keys=True).encode()).hexdigest()[:16]
         marker, self.previous = self.folder / "done" / f"{name}.json", key
-        old = json.loads(marker.read_text()) if marker.is_file() else {}
+        old = _read_marker(marker)
         if old.get("key") == key and old["done"] and all(path.exists() for path in outputs):
             print(f"== {name}: done before in {old['seconds']:.0f} s", flush=True)
             self.summaries[name] = old
@@ -56,6 +57,20 @@ class Stages:
         _write_json(marker, record)
         self.summaries[name] = record
         return summary
+
+
+def _read_marker(path: Path) -> dict:
+    """What is known of a stage; {} if it was never begun."""
+    if not path.is_file():
+        return {}
+    try:
+        old = json.loads(path.read_text())
+        if old.keys() >= ({"key", "done", "seconds", "summary"} if old["done"] else {"key"}):
+            return old
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    # not taken for "never begun": that would delete what the stage made
+    raise HawkError(f"{path} is damaged; delete it to do this stage and all after it again")
 
 
 def _write_json(path: Path, value) -> None:
@@ -106,7 +121,34 @@ def _stage_configs(file: str, options: list[str], out: Path | None) -> tuple[Haw
     one, two = (cfg.load(f"{file}:{stage}", options) for stage in ("stage1", "stage2"))
     base = str(Path(one.run.folder).parent)
     out = out or Path(base)
-    return _moved(one, base, out), _moved(two, base, out), out
+    one, two = _moved(one, base, out), _moved(two, base, out)
+    for c, name in ((one, "stage1"), (two, "stage2")):
+        places = [c.run.folder, c.run.frozen, *(d.folder for d in c.input.datasets)]
+        if [Path(p) for p in places] != [out / name, out / "frozen", out / "records"]:
+            raise cfg.ConfigError(f"{file}:{name} uses {', '.join(places)}, the demo makes {out}/{name}, {out}/frozen and {out}/records; "
+                                  "leave run.folder, run.frozen and input.datasets alone and move all of it with --out")
+    return one, two, out
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, fresh: bool):
+    """Within it `out` belongs to this demo alone.  Refuses a folder with other things in it: stages delete what they make anew."""
+    if out.exists() and not (out / "done").is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise HawkError(f"{out} holds what no demo made, and the stages would replace it; name another folder with --out")
+    try:
+        (out / "done").mkdir(parents=True, exist_ok=True)
+        lock = open(out / "done" / "lock", "w")
+    except OSError as error:
+        raise HawkError(f"{out} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HawkError(f"another demo is running in {out}") from None
+        for path in [*out.iterdir(), *out.glob("done/*.json")] if fresh else ():
+            if path.name != "done":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
 
 
 def _parts(c: HawkConfig, *names: str) -> dict:
@@ -117,11 +159,17 @@ def _parts(c: HawkConfig, *names: str) -> dict:
 def demo(file: str, options: list[str], out: Path | None = None, fresh: bool = False) -> dict:
     """All stages of `configs/demo.py` or a file like it.  Ends with the path of the report and the digest of the first losses."""
     one, two, out = _stage_configs(file, options, out)
-    if fresh and out.exists():
-        if not (out / "done").is_dir():
-            raise HawkError(f"--fresh would delete {out}, which no demo made; name another folder with --out")
-        shutil.rmtree(out)
-    start, stages, labels = time.perf_counter(), Stages(out), out / "world" / "labels.jsonl"
+    start = time.perf_counter()
+    with _claimed(out, fresh):
+        stages = _run_stages(one, two, out)
+    _goodbye(stages, out, time.perf_counter() - start)
+    _compare_losses(stages, Path(file))
+    print(f"report               {(out / 'report.html').resolve()}")
+    return stages.summaries
+
+
+def _run_stages(one: HawkConfig, two: HawkConfig, out: Path) -> Stages:
+    stages, labels = Stages(out), out / "world" / "labels.jsonl"
 
     def render():
         from data.synthetic import render
@@ -147,31 +195,28 @@ def demo(file: str, options: list[str], out: Path | None = None, fresh: bool = F
     stages.run("render", _parts(one, "world"), [out / "world"], render)
     stages.run("prepare", _parts(one, "prepare"), [out / "records"], prepare)
     stages.run("pretrain", _parts(one, "pretrain", "input", "model", "mesh"), [out / "frozen"], pretrain)
-    first = stages.run("stage1", _parts(one, *learn), [out / "stage1"], lambda: train(one))
+    stages.run("stage1", _parts(one, *learn), [out / "stage1"], lambda: train(one))
     stages.run("stage2", _parts(two, *learn), [out / "stage2"], lambda: train(two))
     stages.run("evaluate", _parts(two, "generate"), [out / "evaluation"],
                lambda: evaluate_run(two, two.input.test_split, labels, out / "evaluation"))
     stages.run("report", {}, [out / "report.html"], report)
     stages.run("export", {}, [out / "exported"], lambda: {"written": export_run(two, out / "exported")})
-    _goodbye(stages, first, out, time.perf_counter() - start)
-    _compare_losses(stages, Path(file))
-    print(f"report               {(out / 'report.html').resolve()}")
-    return stages.summaries
+    return stages
 
 
-def _goodbye(stages: Stages, first: dict, out: Path, seconds: float) -> None:
+def _goodbye(stages: Stages, out: Path, seconds: float) -> None:
     print("\nstage        seconds")
     for name, record in stages.summaries.items():
         print(f"{name:12} {record['seconds']:7.1f}")
     print(f"\nweights for PyTorch  {out / 'exported'}")
     print(f"this call            {seconds:.0f} s")
-    print(f"first 20 losses      {first['losses_digest']}  (stage 1; equal for equal runs on one machine)")
+    print(f"first 20 losses      {stages.summaries['stage1']['summary']['losses_digest']}  (stage 1; equal for equal runs on one machine)")
 
 
 def _compare_losses(stages: Stages, file: Path) -> None:
     """How far the first losses of the very first phase are from the committed ones; later phases amplify rounding."""
     committed, phases = file.with_name(f"{file.stem}_losses.json"), stages.summaries["pretrain"]["summary"]["phases"]
-    if committed.is_file():
+    if committed.is_file() and "first_losses" in phases[0]:      # a stage done by an older version has none
         there, here = json.loads(committed.read_text())["first_losses"], phases[0]["first_losses"]
         furthest = max(abs(a - b) / abs(b) for a, b in zip(here, there))
         print(f"committed losses     within {furthest:.1e} (stage 0a, first {len(here)}; expected below 1e-3 unless options were changed)")

@@ -1,7 +1,8 @@
 """Stages of a demo: what is done is not repeated, what changed is, what was interrupted goes on."""
 import pytest
 
-from hawk_jax.pipeline import Stages, _stage_configs
+from hawk_jax.config import HawkError
+from hawk_jax.pipeline import Stages, _claimed, _stage_configs
 
 
 class Work:
@@ -56,3 +57,43 @@ def test_out_moves_every_path_of_both_stages(tmp_path):
     paths = [one.run.folder, one.run.frozen, one.input.datasets[0].folder, two.run.folder, two.run.frozen, two.run.init_from]
     assert all(p.startswith(str(tmp_path)) for p in paths) and out == tmp_path
     assert two.run.init_from == one.run.folder and one.run.seed == two.run.seed == 3
+
+
+@pytest.mark.parametrize("option", ["run.folder=runs/x", "run.frozen=elsewhere", "input.datasets=({'folder': 'mine'},)"])
+def test_stages_that_would_lie_elsewhere_are_refused(option):
+    # their outputs would neither be found nor be replaced when options change
+    with pytest.raises(HawkError, match="move all of it with --out"):
+        _stage_configs("configs/demo.py", [option], None)
+
+
+def test_a_damaged_marker_is_named_and_nothing_is_deleted(tmp_path):
+    work = Work(tmp_path / "a")
+    Stages(tmp_path).run("first", {}, [work.folder], work)
+    for content in ("", "[]", '{"key": "x"}', '{"key": "x", "done": true}'):
+        (tmp_path / "done/first.json").write_text(content)
+        with pytest.raises(HawkError, match="first.json is damaged"):
+            Stages(tmp_path).run("first", {}, [work.folder], work)
+    assert work.calls == 1 and (work.folder / "part").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    own = tmp_path / "world/holiday.mp4"
+    own.parent.mkdir()
+    own.touch()
+    for fresh in (False, True):
+        with pytest.raises(HawkError, match="no demo made"), _claimed(tmp_path, fresh):
+            pass
+        with pytest.raises(HawkError, match="no demo made|cannot be written"), _claimed(own, fresh):
+            pass
+    assert own.exists() and not (tmp_path / "done").exists()
+
+
+def test_fresh_empties_a_demos_folder_and_two_demos_do_not_share_one(tmp_path):
+    out, work = tmp_path / "new/demo", Work(tmp_path / "new/demo/a")
+    with _claimed(out, False):
+        Stages(out).run("first", {}, [work.folder], work)
+        with pytest.raises(HawkError, match="another demo is running"), _claimed(out, True):
+            pass
+        assert work.folder.exists()
+    with _claimed(out, True):
+        assert [p.name for p in out.rglob("*")] == ["done", "lock"]
