@@ -10,9 +10,9 @@ COMMANDS = {   # name: (what it does, function that adds arguments, function tha
     "config": ("print the resolved configuration and its digest", c.config_arguments, c.config,
                "config configs/hawk_7b_stage1.py optim.learning_rate=3e-5"),
     "render": ("render the synthetic surveillance world as mp4 files", c.render_arguments, c.render,
-               "render configs/demo.py --out runs/demo/world"),
+               "render configs/demo.py --out runs/world"),
     "prepare": ("videos and annotations to records", c.prepare_arguments, c.prepare,
-                "prepare --videos clips --annotations all.json --out data_sets/mine --spacy en_core_web_sm prepare.size=224"),
+                "prepare --videos clips --annotations all.json --out data_sets/mine --spacy en_core_web_sm configs/hawk_7b_stage1.py"),
     "inspect": ("draw a record: frames, masks, texts", c.inspect_arguments, c.inspect, "inspect data_sets/mine --clip 3 --out clip.png"),
     "data-digest": ("one hash per step of the input, for any number of hosts", c.data_digest_arguments, c.data_digest,
                     "data-digest configs/demo.py:stage1 --steps 0:20 --hosts 4"),
@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:             # `... | head` closed the pipe
         sys.stderr.close()
+    except KeyboardInterrupt:           # `train` hears it itself, and saves
+        print(f"hawk_jax {args.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

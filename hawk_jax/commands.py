@@ -4,7 +4,6 @@ Heavy imports happen inside the commands, so that `--help` and `config` answer a
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from hawk_jax import config as cfg
@@ -22,6 +21,13 @@ def _load(args) -> cfg.HawkConfig:
     if file and "=" in file:
         file, options = None, [file, *options]
     return cfg.load(file, options) if file else cfg.override(cfg.HawkConfig(), options)
+
+
+def _count(text: str) -> int:
+    """Type of arguments that count processes or hosts."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -54,21 +60,23 @@ def _print_tree(tree: dict, indent: str) -> None:
 def render_arguments(p):
     _with_config(p)
     p.add_argument("--out", type=Path, required=True, help="folder for videos/, annotations_*.json, labels.jsonl")
-    p.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    p.add_argument("--workers", type=_count, default=None, help="processes (default: all cores)")
+    p.add_argument("--force", action="store_true", help="replace the clips of another world in this folder")
 
 
 def render(args):
     from data.synthetic import render
-    _print_summary(render(_load(args).world, args.out, workers=args.workers))
+    _print_summary(render(_load(args).world, args.out, workers=args.workers, force=args.force))
 
 
 def prepare_arguments(p):
     p.add_argument("--videos", type=Path, required=True, help="folder that the paths in the annotations start from")
     p.add_argument("--annotations", type=Path, required=True, help="JSON of the authors' form, WebVid CSV, or a folder of these")
     p.add_argument("--out", type=Path, required=True, help="data set folder; run the command again to go on after an interruption")
-    p.add_argument("--spacy", default="en_core_web_sm", help="spaCy pipeline by name or path; `embedded` only fits the synthetic world")
+    p.add_argument("--spacy", default="en_core_web_sm",
+                   help="spaCy pipeline by name or path (default: en_core_web_sm); `embedded` only fits the synthetic world")
     p.add_argument("--split", default=None, help="split of entries that name none (default: by the file's name, else train)")
-    p.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    p.add_argument("--workers", type=_count, default=None, help="processes (default: all cores)")
     _with_config(p, optional=True)
 
 
@@ -79,27 +87,28 @@ def prepare(args):
 
 
 def inspect_arguments(p):
-    p.add_argument("folder", type=Path, help="a prepared data set")
-    p.add_argument("--split", default="train")
-    p.add_argument("--clip", default="0", help="number or name of the clip")
-    p.add_argument("--out", type=Path, default=Path("clip.png"))
+    p.add_argument("folder", type=Path, help="a data set that `prepare` wrote")
+    p.add_argument("--split", default="train", help="default: train")
+    p.add_argument("--clip", default="0", help="number or name of the clip (default: 0)")
+    p.add_argument("--view", type=int, default=0, help="0 (default): evenly spread frames; 1, 2, ...: the head-tail draws")
+    p.add_argument("--out", type=Path, default=Path("clip.png"), help="the picture (default: clip.png)")
 
 
 def inspect(args):
     from data.inspect import inspect
-    print(inspect(args.folder, args.split, args.clip, args.out))
+    print(inspect(args.folder, args.split, args.clip, args.out, args.view))
 
 
 def data_digest_arguments(p):
     _with_config(p)
-    p.add_argument("--steps", default="0:20", help="FIRST:END")
-    p.add_argument("--hosts", type=int, default=1, help="separate pipelines, each reading its own rows only")
+    p.add_argument("--steps", default="0:20", help="FIRST:END (default: 0:20)")
+    p.add_argument("--hosts", type=_count, default=1, help="separate pipelines, each reading its own rows only (default: 1)")
 
 
 def data_digest(args):
     from data.digest import data_digest
     first, _, end = args.steps.partition(":")
-    if not (first.isdigit() and end.isdigit()):
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise cfg.ConfigError(f"--steps {args.steps}: expected FIRST:END, for example 0:20")
     for step, line in zip(range(int(first), int(end)), data_digest(_load(args), range(int(first), int(end)), args.hosts)):
         print(step, line)
@@ -163,4 +172,4 @@ def demo(args):
 def _print_summary(summary: dict) -> None:
     for key, value in summary.items():
         if not isinstance(value, (dict, list)):
-            print(f"{key:24} {value:.6g}" if isinstance(value, float) else f"{key:24} {value}", file=sys.stdout)
+            print(f"{key:24} {value:.6g}" if isinstance(value, float) else f"{key:24} {value}")

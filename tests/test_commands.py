@@ -31,12 +31,28 @@ def test_config_prints_what_it_resolved(capsys):
     (["config", "configs/demo.py", "run.seed=x"], "expected int"),
     (["config", "configs/demo.py", "model.vit_copies=2"], "needs model.qformer_copies=2"),
     (["data-digest", "configs/demo.py", "--steps", "x"], "expected FIRST:END"),
+    (["data-digest", "configs/demo.py", "--steps", "5:5"], "expected FIRST:END"),
     (["demo", "configs/demo.py:stage1"], "takes the file with both stages"),
 ])
 def test_mistakes_are_one_line_and_exit_2(arguments, said, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith(f"hawk_jax {arguments[0]}: ")
+
+
+@pytest.mark.parametrize("arguments", [["data-digest", "configs/demo.py", "--hosts", "0"], ["render", "configs/demo.py", "--out", "x",
+                                                                                              "--workers", "-1"]])
+def test_numbers_of_processes_are_at_least_one(arguments, capsys):
+    with pytest.raises(SystemExit) as e:        # without workers `prepare` would wait for ever
+        main(arguments)
+    assert e.value.code == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("hawk_jax.config.load", interrupted)
+    assert main(["config", "configs/demo.py"]) == 130 and capsys.readouterr().err == "hawk_jax config: interrupted\n"
 
 
 def test_as_a_process_without_a_traceback():
