@@ -21,11 +21,12 @@ from tqdm import tqdm
 from data import motion
 from data.datasets import Entry, read_annotations
 from data.pool import Crash, work
-from data.records import NAME, VERSION, RecordError, check_prepared, features, hash_of, read_manifest, shard_path
+from data.records import FORMAT, NAME, VERSION, RecordError, check_prepared, features, hash_of, read_json, read_manifest, shard_path
 from data.shards import MakeClip, MakeShard, Rejected, Worker, WorkFolder, write_atomic, write_rejected
 from hawk_jax.config import HawkConfig, HawkError, PrepareConfig, differences, digest, to_dict
 
-FORMAT = 1              # of prepare.json
+# what write_atomic and the writer of a shard leave when they are killed; nothing else in --out is ours to delete
+LEFT_OVERS = ("prepare.json.*.tmp", "rejected.jsonl.*.tmp", "texts_*.jsonl.*.tmp", f"{NAME}/{VERSION}/incomplete.*")
 Shards = dict[tuple[str, int], list[Entry]]     # (split, shard) -> its entries in order
 
 
@@ -91,7 +92,7 @@ def _only_one(out: Path):
             raise HawkError(f"another prepare is writing to {out}") from None
         fcntl.flock(workers, fcntl.LOCK_EX)         # they end after the clip they are at
         fcntl.flock(workers, fcntl.LOCK_UN)
-        for left in [*out.glob("*.tmp"), *out.glob(f"{NAME}/*/incomplete.*"), *out.glob(f"{NAME}/*/*.tmp")]:
+        for left in (p for pattern in LEFT_OVERS for p in out.glob(pattern)):
             left.unlink()
         yield
     if (out / "prepare.json").exists():
@@ -100,14 +101,14 @@ def _only_one(out: Path):
 
 def _finished(out: Path, config: PrepareConfig, identity: dict) -> bool:
     """Whether `out` is complete.  HawkError if it, or work begun in it, has another identity."""
-    begun = WorkFolder(out).root / "identity.json"
+    begun, made_from = WorkFolder(out).root / "identity.json", {"prepare", "phrases", "annotations_sha256", "flow"}
     complete = (out / "prepare.json").exists()
     if complete:
         check_prepared(out, config)
-        held = read_manifest(out)
-    elif begun.exists():
-        held = json.loads(begun.read_text())
+        held = read_json(out / "prepare.json", made_from)
     else:
+        held = read_json(begun, made_from)
+    if held is None:
         write_atomic(begun, json.dumps(identity).encode())
         return False
     for key, what in (("prepare", "prepare options"), ("phrases", "language pipeline (--spacy)"), ("annotations_sha256", "annotations"),
@@ -189,15 +190,19 @@ def _split_info(out: Path, split: str, lengths: list[int], size: int) -> tfds.co
 
 def _summary(out: Path) -> dict:
     manifest = read_manifest(out)
-    reasons = Counter(json.loads(line)["reason"].partition(":")[0] for line in open(out / "rejected.jsonl"))
+    try:
+        lines = (out / "rejected.jsonl").read_text().splitlines()
+        reasons = Counter(json.loads(line)["reason"].partition(":")[0] for line in lines)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RecordError(f"{out}/rejected.jsonl is missing or damaged; delete the data set and prepare it again") from error
     return {"clips": sum(s["clips"] for s in manifest["splits"].values()), "splits": {n: s["clips"] for n, s in manifest["splits"].items()},
-            "rejected": manifest["rejected"], "reasons": dict(reasons.most_common()),
+            "rejected": manifest["rejected"], "reasons": dict(reasons.most_common()), "phrases": manifest["phrases"],
             "bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()), "hash": manifest["hash"]}
 
 
 def table(summary: dict) -> str:
     """The summary as lines for people."""
     rows = [("clips", summary["clips"]), *((f"  {split}", n) for split, n in summary["splits"].items()), ("rejected", summary["rejected"]),
-            *((f"  {reason}", n) for reason, n in summary["reasons"].items()), ("seconds", f"{summary['seconds']:.1f}"),
-            ("bytes", f"{summary['bytes']:,}"), ("hash", summary["hash"])]
+            *((f"  {reason}", n) for reason, n in summary["reasons"].items()), ("phrases by", summary["phrases"]),
+            ("seconds", f"{summary['seconds']:.1f}"), ("bytes", f"{summary['bytes']:,}"), ("hash", summary["hash"])]
     return "\n".join(f"{name:32} {value}" for name, value in rows)

@@ -21,6 +21,7 @@ from hawk_jax.config import HawkError, PrepareConfig, differences, to_dict
 
 NAME, VERSION = "hawk_clips", "1.0.0"
 READS = "1."            # versions of this reader: the first number changes when old readers would go wrong
+FORMAT = 1              # of prepare.json
 LISTS = ("questions", "answers", "phrases", "direct_phrases")   # lists of texts
 
 
@@ -71,13 +72,13 @@ class Record:
         if first_motion_index == "one":
             motion_T[0] = self.first_motion
         size = self.magnitude_NHW.shape[1]
-        needed_M, place_2T = np.unique(np.concatenate([video_T, motion_T]), return_inverse=True)
-        pictures_MHWC = np.empty((len(needed_M), size, size, 3), np.uint8)
-        for picture_HWC, number in zip(pictures_MHWC, needed_M):
+        needed_N, place_2T = np.unique(np.concatenate([video_T, motion_T]), return_inverse=True)
+        pictures_NHWC = np.empty((len(needed_N), size, size, 3), np.uint8)
+        for picture_HWC, number in zip(pictures_NHWC, needed_N):
             picture_HWC[:] = _picture(self.frames[number])
         video_places, motion_places = np.split(place_2T.reshape(-1), 2)
-        motion_THWC = None if np.array_equal(video_T, motion_T) else pictures_MHWC[motion_places]
-        return Pictures(pictures_MHWC[video_places], self._mask(motion_T, mask), motion_THWC)
+        motion_THWC = None if np.array_equal(video_T, motion_T) else pictures_NHWC[motion_places]
+        return Pictures(pictures_NHWC[video_places], self._mask(motion_T, mask), motion_THWC)
 
     def _mask(self, frame_T: np.ndarray, kind: str) -> np.ndarray:
         bits_THW = np.unpackbits(self.mask_bits_NHW8[frame_T], axis=-1, count=self.magnitude_NHW.shape[-1])
@@ -321,14 +322,27 @@ def tfds_folder(folder: Path) -> Path:
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """prepare.json of a finished data set.  RecordError if the data set is missing or not finished."""
+    """prepare.json of a finished data set.  RecordError if the data set is missing, not finished, or of a newer version."""
     path = Path(folder) / "prepare.json"
+    manifest = read_json(path, {"prepare", "splits"})
+    if manifest is None:
+        raise RecordError(f"{folder} is not a finished data set (no prepare.json); run prepare with --out {folder}")
+    if manifest.get("format", FORMAT) > FORMAT:
+        raise RecordError(f"{path} has format {manifest['format']}, this version reads up to {FORMAT}; update hawk_jax")
+    return manifest
+
+
+def read_json(path: Path, keys: set[str]) -> dict | None:
+    """A JSON object that has `keys`; None if there is no such file.  RecordError if it is anything else."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RecordError(f"{folder} is not a finished data set (no prepare.json); run prepare with --out {folder}") from None
-    except ValueError as error:
-        raise RecordError(f"{path} is damaged ({error}); prepare the data set again") from error
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is damaged ({_line(error)}); delete the data set and prepare it again") from error
+    if not isinstance(value, dict) or not keys <= value.keys():
+        raise RecordError(f"{path} is damaged (not an object with {', '.join(sorted(keys))}); delete the data set and prepare it again")
+    return value
 
 
 def check_prepared(folder: str | Path, config: PrepareConfig) -> None:

@@ -104,6 +104,8 @@ class Worker:
 
     def clip(self, task: MakeClip) -> Rejected | None:
         path = self.folder.clip(task.split, task.shard, task.position)
+        if not task.entry.description.strip() and not task.entry.questions:
+            return write_rejected(path, task.entry.source, "no text: neither a description nor a question with its answer")
         try:
             record = make_record(task.entry, self.videos, self.config, self.parser, self.flow)
             stored = self.features.serialize_example(example(record))

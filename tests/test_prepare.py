@@ -92,6 +92,7 @@ def test_good_clips_go_in_bad_ones_are_listed_and_neither_workers_nor_kills_chan
                        "link.mp4": "path leaves the video folder", "missing.mp4": "missing file"}
     manifest = read_manifest(root / "one")
     lines = dict(line.rsplit(maxsplit=1) for line in one.stdout.splitlines())
+    assert "phrases by                       en_ewt_captions_test 1.0.0 (spaCy" in one.stdout
     assert lines["clips"] == "12" and lines["rejected"] == "6" and lines["  missing file"] == "1" and lines["hash"] == manifest["hash"]
 
     start_and_kill(command(root, root / "two", shared, 2), root / "two", 2, everything=True)
@@ -177,6 +178,27 @@ def test_full_disk_stops_with_a_reason_and_a_crashing_clip_is_left_out(folders, 
     annotate(folders / "a.json", "0123")
     with pytest.raises(HawkError, match="begun with other annotations"):
         run(folders, shared, flow=fragile_flow)
+    (folders / "out/rejected.jsonl").unlink()
+    annotate(folders / "a.json", "01234")
+    with pytest.raises(HawkError, match="rejected.jsonl is missing or damaged"):
+        run(folders, shared, flow=fragile_flow)
+
+
+def test_clips_without_any_text_are_left_out_and_files_of_others_stay(folders, shared):
+    rows = json.loads((folders / "a.json").read_text())
+    rows[2] |= {"description": " ", "QA": []}
+    rows[3] |= {"description": ""}
+    (folders / "a.json").write_text(json.dumps(rows))
+    (folders / "out/.work").mkdir(parents=True)
+    (folders / "out/notes.tmp").write_text("mine")
+    (folders / "out/prepare.json.7.tmp").write_text("left by a kill")
+    (folders / "out/.work/identity.json").write_text("{")
+    with pytest.raises(HawkError, match="identity.json is damaged"):
+        run(folders, shared)
+    (folders / "out/.work/identity.json").unlink()
+    summary = run(folders, shared)
+    assert summary["clips"] == 4 and summary["reasons"] == {"no text": 1}
+    assert (folders / "out/notes.tmp").exists() and not (folders / "out/prepare.json.7.tmp").exists()
 
 
 def test_nothing_usable_and_unusable_arguments_are_errors(folders, shared):
@@ -209,6 +231,8 @@ GOOD = {"video": "a.mp4", "QA": [], "description": "d"}
     ([{**GOOD, "QA": {}}], "'QA' must be a list"), ([{**GOOD, "QA": [{"q": "x"}]}], r"\(a.mp4\): 'QA' number 0 must be"),
     ([{**GOOD, "QA": [{"q": "x", "a": None}]}], "'a' of pair 0 must be a text"), ([{**GOOD, "split": "../x"}], "'split' must be a word"),
     ([{**GOOD, "fps": 0}], "'fps' must be a positive number"), ([{**GOOD, "description": "\ud800"}], "half a surrogate pair"),
+    ([{**GOOD, "split": "all"}], "and not 'all'"),
+    ([{**GOOD, "split": "train"}, {**GOOD, "video": "./x/../a.mp4", "split": "test"}], "is in split train .* and in split test"),
     ([{**GOOD, "split": "train"}, {**GOOD, "split": "test"}], r"a.mp4 is in split train \(.*entry 0\) and in split test \(.*entry 1\)"),
 ])
 def test_malformed_annotations_name_file_and_entry(tmp_path, content, message):
@@ -224,6 +248,8 @@ def test_splits_come_from_the_entry_the_option_or_the_file_name(tmp_path):
     entries = read_annotations(tmp_path)
     assert " ".join(f"{e.clip}:{e.split}" for e in entries) == "a:train b:train a#2:train c:validation d:held_out"
     assert {e.split for e in read_annotations(tmp_path / "all_videos_train.json", split="mine")} == {"mine"}
+    with pytest.raises(HawkError, match="--split"):
+        read_annotations(tmp_path, split="../mine")         # it becomes part of file names
     annotate(tmp_path / "annotations_test.json", ["e"])         # a rendered world: only these files
     assert [(e.clip, e.split) for e in read_annotations(tmp_path)] == [("e", "test")]
 
@@ -242,6 +268,8 @@ def test_webvid(tmp_path):
     (tmp_path / "x_train.csv").write_text('videoid,contentUrl,page_dir,name\n7,u,p/q,"A man, running"\n8,u,,cat\n', encoding="utf-8-sig")
     assert [(e.source, e.description, e.split) for e in read_annotations(tmp_path)] == [
         ("p/q/7.mp4", "A man, running", "train"), ("8.mp4", "cat", "train")]
+    (tmp_path / "x_train.csv").write_text("videoid,page_dir,name\n7,p,\n")
+    assert read_annotations(tmp_path)[0].description == ""  # one clip without a caption does not stop the others
     (tmp_path / "x_train.csv").write_text("videoid,name\n7,x\n")
     with pytest.raises(HawkError, match="column 'page_dir' is missing"):
         read_annotations(tmp_path)

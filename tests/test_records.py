@@ -213,6 +213,18 @@ def test_a_damaged_record_is_named_when_it_is_read(copy):
         [source[n] for n in range(len(source))]
 
 
+@pytest.mark.parametrize("content, message", [
+    ("", "is damaged"), ("[]", "not an object with prepare, splits"), ('{"prepare": {}}', "not an object with prepare, splits"),
+    ('{"prepare": {}, "splits": {}, "format": 2}', "format 2, this version reads up to 1"), (None, "not a finished data set")])
+def test_a_damaged_or_newer_manifest_is_named(copy, content, message):
+    path = copy / "prepare.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(HawkError, match=message):
+        check_prepared(copy, CONFIG)
+    with pytest.raises(HawkError, match="not a finished data set"):
+        check_prepared(path, CONFIG)        # below a file
+
+
 def test_folders_that_cannot_be_read_say_why(copy, tmp_path):
     with pytest.raises(HawkError, match="no records in split 'validation'; it has: test, train"):
         open_split(copy, "validation")

@@ -5,6 +5,8 @@
   synthetic   the folder that `render` writes: annotations_SPLIT.json, the authors' form
 """
 import hashlib
+import posixpath
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def read_annotations(path: Path, split: str | None = None, validation_share: flo
     chosen by their hash, becomes "validation".  AnnotationError for anything malformed, or for a source in two splits.
     """
     from data.datasets import hawk_json, synthetic, webvid_csv
-    path = Path(path)
+    path, split = Path(path), split_name(split, "--split")
     if not path.exists():
         raise AnnotationError(f"no annotations at {path}")
     readers = {".json": hawk_json.read, ".csv": webvid_csv.read}
@@ -71,7 +73,7 @@ def _with_split(entry: Entry, split: str | None, validation_share: float) -> Ent
 def _no_leak(entries: list[Entry]) -> None:
     first: dict[str, Entry] = {}
     for entry in entries:
-        other = first.setdefault(entry.source, entry)
+        other = first.setdefault(posixpath.normpath(entry.source), entry)     # ./a.mp4 is a.mp4
         if other.split != entry.split:
             raise AnnotationError(f"video {entry.source} is in split {other.split} ({other.place}) and in split {entry.split} "
                                   f"({entry.place}): what is learned would leak into the test; keep one of them")
@@ -84,6 +86,13 @@ def _named(entries: list[Entry]) -> list[Entry]:
         seen[entry.source] = number = seen.get(entry.source, 0) + 1
         named.append(replace(entry, clip=entry.source if number == 1 else f"{entry.source}#{number}"))
     return named
+
+
+def split_name(value, place: str) -> str | None:
+    """`value` if it can name a split: it becomes part of file names, and tfds keeps "all" for itself."""
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]+", value) and value != "all"):
+        raise AnnotationError(f"{place}: 'split' must be a word of letters, digits and _ (and not 'all'), got {value!r}")
+    return value
 
 
 def text(value, what: str, place: str, empty: bool = False) -> str:

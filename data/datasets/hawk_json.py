@@ -4,10 +4,9 @@ Two optional keys are ours: "split", and "fps" for a video that is a folder of p
 """
 import json
 import math
-import re
 from pathlib import Path
 
-from data.datasets import AnnotationError, Entry, text
+from data.datasets import AnnotationError, Entry, split_name, text
 
 
 def read(file: Path) -> list[Entry]:
@@ -33,7 +32,7 @@ def _entry(item, place: str) -> Entry:
     pairs = _pairs(item["QA"], f"{place} ({source})")
     return Entry(source=source, description=text(item["description"], "'description'", place, empty=True),
                  questions=tuple(q for q, _ in pairs), answers=tuple(a for _, a in pairs),
-                 split=_split(item.get("split"), place), fps=_fps(item.get("fps"), place), place=place)
+                 split=split_name(item.get("split"), place), fps=_fps(item.get("fps"), place), place=place)
 
 
 def _pairs(value, place: str) -> list[tuple[str, str]]:
@@ -43,13 +42,6 @@ def _pairs(value, place: str) -> list[tuple[str, str]]:
         if not isinstance(pair, dict) or not {"q", "a"} <= pair.keys():
             raise AnnotationError(f"{place}: 'QA' number {number} must be an object with 'q' and 'a'")
     return [(text(pair["q"], f"'q' of pair {n}", place), text(pair["a"], f"'a' of pair {n}", place)) for n, pair in enumerate(value)]
-
-
-def _split(value, place: str) -> str | None:
-    # it becomes part of file names
-    if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]+", value)):
-        raise AnnotationError(f"{place}: 'split' must be a word of letters, digits and _, got {value!r}")
-    return value
 
 
 def _fps(value, place: str) -> float | None:

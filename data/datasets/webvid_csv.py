@@ -23,5 +23,5 @@ def read(file: Path) -> list[Entry]:
 
 
 def _entry(row: dict, place: str) -> Entry:
-    video, page, name = (text(row[c], f"column {c!r}", place, empty=c == "page_dir") for c in COLUMNS)
+    video, page, name = (text(row[c], f"column {c!r}", place, empty=c != "videoid") for c in COLUMNS)
     return Entry(source=f"{page}/{video}.mp4" if page else f"{video}.mp4", description=name, place=place)
