@@ -147,7 +147,8 @@ class MotionParser:
         self.name = name
         try:
             self.nlp = spacy.load(EMBEDDED if name == "embedded" else name, exclude=["ner", "lemmatizer"])
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:      # not there, damaged, not a pipeline at all
+        # not there, damaged, without a package it needs, not a pipeline at all
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
             raise HawkError(
                 f"--spacy {name!r} is neither an installed spaCy pipeline nor the folder of one ({str(error).splitlines()[0][:80]}); "
                 f"install its wheel with pip (python -m spacy download en_core_web_sm); for the synthetic world alone "

@@ -65,6 +65,9 @@ class Input:
     def __init__(self, config: HawkConfig, *, features: dict[str, dict] | None = None):
         self.config, self.features = config, features
         self.tokenizer = Tokenizer(config.input.tokenizer)
+        if self.tokenizer.size > config.model.llama.vocab:      # jax would clamp the ids that are too large, without a word
+            raise ConfigError(f"input.tokenizer={config.input.tokenizer!r} has {self.tokenizer.size} pieces, model.llama.vocab="
+                              f"{config.model.llama.vocab} rows are too few for them")
         self._sets: dict[str, ClipSet] = {}
         self._plan: Plan | None = None
 

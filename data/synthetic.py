@@ -7,13 +7,16 @@
 
 A clip is a pure function of (world.seed, split, index): the same bytes on one machine for any number of processes.  MOTION_PAIRS show
 the same objects in the same places and differ in movement only; APPEARANCE_PAIRS move alike and differ in what moves.
+`python -m data.synthetic [PNG]` draws docs/world.png, a picture of every class.
 """
+import contextlib
 import difflib
 import functools
 import json
 import multiprocessing
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import av
@@ -79,14 +82,19 @@ def render_frames(scene: Scene, width: int, height: int):
 
 def _encode(scene: Scene, width: int, height: int, path: Path) -> None:
     """Writes the clip under a temporary name first: a file with its final name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part")
-    with av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=scene.fps, options={"preset": "ultrafast", "crf": _CRF, "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for yuv_HW in render_frames(scene, width, height):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(yuv_HW, format="yuv420p")))
-        container.mux(stream.encode(None))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(part), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=scene.fps, options={"preset": "ultrafast", "crf": _CRF, "threads": "1"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for yuv_HW in render_frames(scene, width, height):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(yuv_HW, format="yuv420p")))
+            container.mux(stream.encode(None))
+    except OSError as error:            # also FFmpeg's own, such as a full disk
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise HawkError(f"{path} cannot be written: {error.strerror}; finished clips are kept: run the same command again") from error
     part.replace(path)
 
 
@@ -148,15 +156,25 @@ def _write(path: Path, text: str) -> None:
 def _claim(world: WorldConfig, out: Path, force: bool) -> None:
     """Marks `out` as the folder of this world; refuses the clips of another one, or deletes them if forced."""
     mark, mine = out / "world.json", {"version": VERSION, "digest": digest(world), "world": json.loads(json.dumps(to_dict(world)))}
-    if mark.exists() and (other := json.loads(mark.read_text())) != mine:
+    if not mark.exists() and (out / "videos").exists():
+        raise HawkError(f"{out}/videos was made by something else (there is no world.json); give another folder")
+    if what := _other_world(mark, mine):
         if not force:
-            what = differences(other["world"], mine["world"]) or [f"renderer version: {other['version']} -> {VERSION}"]
-            raise HawkError(f"{out} holds another synthetic world ({'; '.join(what)}); give another folder or render with force")
+            raise HawkError(f"{out} holds another synthetic world ({'; '.join(what)}); give another folder, or --force to replace it")
         shutil.rmtree(out / "videos", ignore_errors=True)
     for part in out.glob("videos/*/.*.part"):    # of a run that was killed
         part.unlink()
     out.mkdir(parents=True, exist_ok=True)
     _write(mark, json.dumps(mine, indent=1))
+
+
+def _other_world(mark: Path, mine: dict) -> list[str]:
+    """How the world that a folder holds differs from ours; [] if it holds ours or none."""
+    try:
+        other = json.loads(mark.read_text()) if mark.exists() else mine
+        return [] if other == mine else differences(other["world"], mine["world"]) or [f"renderer version: {other['version']} -> {VERSION}"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ["its world.json is damaged"]
 
 
 def _quiet_cv2() -> None:
@@ -175,7 +193,8 @@ def render(world: WorldConfig, out: Path | str, workers: int | None = None, prog
     """Renders the world into `out`; clips that are there already are kept.  Returns {"clips", "rendered", "classes", "bytes"}.
 
     `workers` processes (None: one per available core); they are spawned, so a calling script needs its `__main__` guard.
-    Raises ConfigError for an unknown class or impossible lengths and counts, HawkError if `out` holds another world and `force` is off.
+    Raises ConfigError for an unknown class or impossible lengths and counts, HawkError if `out` holds another world and `force` is off,
+    holds videos of another origin, or cannot be written.
     """
     _check(world)
     out, plan = Path(out), _plan(world)
@@ -207,3 +226,7 @@ def contact_sheet(out_png: Path | str, world: WorldConfig | None = None, columns
         rows.append(np.concatenate([cv2.copyMakeBorder(part_HWC, **white) for part_HWC in (title_HWC, *frames)], axis=1))
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(out_png), np.concatenate(rows, axis=0), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+
+
+if __name__ == "__main__":
+    contact_sheet(*sys.argv[1:2] or ["docs/world.png"])

@@ -33,7 +33,10 @@ class Tokenizer:
         path = EMBEDDED if name == "embedded" else Path(name)
         if not name or not path.is_file():
             raise ConfigError(f"input.tokenizer={name!r}: no such file; give the path of a sentencepiece tokenizer.model, or 'embedded'")
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"input.tokenizer={name!r} cannot be read: {error.strerror}") from error
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
             self.pieces.LoadFromSerializedProto(content)

@@ -1,5 +1,6 @@
 """`python -m hawk_jax COMMAND ...`: one line per command, no logic."""
 import argparse
+import errno
 import sys
 
 from hawk_jax import commands as c
@@ -55,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:             # `... | head` closed the pipe
         sys.stderr.close()
+    except OSError as error:            # what the machine refuses is no fault of the program; anything else is, and keeps its traceback
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
+            raise
+        print(f"hawk_jax {args.command}: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:           # `train` hears it itself, and saves
         print(f"hawk_jax {args.command}: interrupted", file=sys.stderr)
         return 130

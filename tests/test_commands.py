@@ -1,5 +1,7 @@
 """The command line as a person meets it: help with examples, one-line errors, exit codes."""
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,18 @@ def test_numbers_of_processes_are_at_least_one(arguments, capsys):
     with pytest.raises(SystemExit) as e:        # without workers `prepare` would wait for ever
         main(arguments)
     assert e.value.code == 2 and "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code, line", [(errno.ENOSPC, "hawk_jax config: x: No space left on device\n"), (errno.EBADF, None)])
+def test_what_the_machine_refuses_is_one_line_and_other_faults_are_not_hidden(monkeypatch, capsys, code, line):
+    def refused(*_):
+        raise OSError(code, os.strerror(code), "x")
+    monkeypatch.setattr("hawk_jax.config.load", refused)
+    if line:
+        assert main(["config", "configs/demo.py"]) == 2 and capsys.readouterr().err == line
+    else:
+        with pytest.raises(OSError):
+            main(["config", "configs/demo.py"])
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

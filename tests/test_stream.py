@@ -273,6 +273,13 @@ def test_features_take_the_place_of_the_view_they_were_made_from(config):
 
 
 # ------------------------------------------------------------------------------------------------ mixtures and faults
+def test_more_pieces_than_rows_of_the_decoder_are_refused(config):
+    size = Tokenizer("embedded").size
+    Input(override(config, [f"model.llama.vocab={size}"]))
+    with pytest.raises(ConfigError, match=f"{size} pieces, model.llama.vocab={size - 1}"):
+        Input(override(config, [f"model.llama.vocab={size - 1}"]))
+
+
 def test_mixture_holds_its_shares(config, folder, tmp_path):
     other = write(tmp_path, prefix="other/", counts={"train": 4})
     mixed = reading(config, folder, other)

@@ -198,6 +198,20 @@ def test_another_world_in_the_folder_is_refused_unless_forced(tmp_path):
     assert (tmp_path / "videos/train/00000.mp4").read_bytes() != before
 
 
+def test_folders_that_are_no_world_are_left_alone(tmp_path):
+    tiny = dataclasses.replace(SMALL, train_clips=1, validation_clips=0, test_clips=0)
+    (tmp_path / "mine/videos").mkdir(parents=True)
+    for force in (False, True):
+        with pytest.raises(HawkError, match="made by something else"):
+            synthetic.render(tiny, tmp_path / "mine", progress=False, force=force)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "world.json").write_text(content)
+        with pytest.raises(HawkError, match="world.json is damaged"):
+            synthetic.render(tiny, tmp_path, progress=False)
+    with pytest.raises(HawkError, match="cannot be written"):       # a file where the folder should be
+        synthetic._encode(scene("empty", 0, (0.2, 0.2)), 320, 240, tmp_path / "world.json" / "a.mp4")
+
+
 def test_classes_are_balanced_and_splits_share_no_scene():
     plan = synthetic._plan(WorldConfig(train_clips=100, validation_clips=18, test_clips=40))
     for split, size in (("train", 100), ("validation", 18), ("test", 40)):
