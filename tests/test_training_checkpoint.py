@@ -11,7 +11,7 @@ from hawk_jax import config as cfg
 from hawk_jax.config import HawkConfig
 from hawk_jax.mesh import make_mesh
 from hawk_jax.training import freeze
-from hawk_jax.training.checkpoint import CheckpointError, Checkpoints, initial_params, load_trained, meaning
+from hawk_jax.training.checkpoint import CheckpointError, Checkpoints, check_options, initial_params, load_trained, meaning
 from hawk_jax.training.frozen import save_frozen
 from hawk_jax.training.state import abstract_state, init_state
 
@@ -85,6 +85,14 @@ def test_folders_of_data_sets_may_change_but_not_their_shares():
     assert of("a", 1.0) == of("b", 1.0) != of("a", 2.0)
 
 
+def test_an_option_younger_than_the_checkpoint_had_its_default():
+    old = cfg.to_dict(toy_config())
+    del old["loss"]["cosine"]
+    check_options(old, toy_config(), "x")
+    with pytest.raises(CheckpointError, match="loss.cosine: clip -> group "):
+        check_options(old, toy_config("", "loss.cosine=group"), "x")
+
+
 def test_another_frozen_tree_is_refused(saved):
     with pytest.raises(CheckpointError, match="was trained on the frozen tree f00d, this is beef"):
         restore(saved, 7, frozen_hash="beef")
@@ -122,7 +130,7 @@ def test_best_weights_start_another_run_or_are_evaluated(state, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, freeze.join(state.params, frozen))
     # another stage: other losses, data and rates, the same model
     two = toy_config(tmp_path / "two", f"run.init_from={tmp_path / 'one'}", "optim.learning_rate=1.0", "loss.consistency=0.0",
-                     "input.seed=9")
+                     "input.seed=9", "model.video_qformer.dropout=0.0")
     jax.tree.map(np.testing.assert_array_equal, initial_params(two, mesh, frozen_hash), state.params)
     assert initial_params(config, mesh, frozen_hash) is None
     other_model = dataclasses.replace(two, model=dataclasses.replace(two.model, compress=4))

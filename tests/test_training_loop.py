@@ -178,7 +178,12 @@ def test_init_from_takes_the_best_trainables_and_a_fresh_optimiser(whole, tmp_pa
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
-def test_tensorboard_scalars(tmp_path):
-    go(tmp_path, "run.tensorboard=True", "run.steps=2", "run.validate_every=0")
+def test_waited_and_tensorboard(tmp_path):
+    def slow(batch):
+        time.sleep(0.2)     # a toy step takes a hundredth of that
+        return batch
+    go(tmp_path, "run.tensorboard=True", "run.steps=6", "run.validate_every=0", spoil={4: slow, 5: slow})
+    waited = {line["step"]: line["waited"] for line in read_log(tmp_path)}
+    assert waited[1] == 0 and waited[4] == waited[5] == 1       # nothing can wait for the first batch
     file = next((tmp_path / "tensorboard").iterdir())
     assert all(name in file.read_bytes() for name in (b"train/loss", b"train/grad_norm", b"train/waited"))

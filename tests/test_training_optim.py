@@ -37,6 +37,7 @@ def test_warmup_by_total_step_rises_once(shared):
     line = 1e-6 + (3e-4 - 1e-6) * np.arange(7) / 7
     np.testing.assert_allclose(rates[:7], line, rtol=1e-6)
     np.testing.assert_allclose(rates[7:], pairs[7:, 1], rtol=1e-6)     # after it the two counters agree
+    np.testing.assert_allclose([float(learning_rate(step, total)) for step in (20, 25, 90)], 2e-5, rtol=1e-6)   # beyond the end
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])

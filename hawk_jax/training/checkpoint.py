@@ -26,8 +26,9 @@ MAY_CHANGE = (      # between a run and its continuation: where things lie, how 
     "run.name", "run.folder", "run.frozen", "run.init_from", "run.steps", "run.checkpoint_every", "run.keep_checkpoints",
     "run.validate_every", "run.validation_batches", "run.log_every", "run.tensorboard",
     "input.clips", "input.features", "input.threads", "input.buffer", "input.workers", "input.datasets.*.folder",
-    "input.validation_split", "input.test_split", "model.seed", "model.remat", "model.frames_per_chunk", "loss.chunk_tokens",
-    "optim.accumulation")
+    "input.validation_split", "input.test_split", "model.seed", "model.init", "model.remat", "model.frames_per_chunk",
+    "loss.chunk_tokens", "optim.accumulation")
+MAY_CHANGE_FOR_WEIGHTS = (*MAY_CHANGE, "model.compute_dtype", "model.*.dropout")    # where only the trained values are used
 
 
 # Orbax logs a traceback for each of its threads that fails, and then raises what we catch: one line is enough.
@@ -39,7 +40,7 @@ class CheckpointError(HawkError):
 
 
 # ------------------------------------------------------------------------------------------------ what a checkpoint must agree with
-def meaning(config: dict, parts: tuple[str, ...] = PARTS) -> dict:
+def meaning(config: dict, parts: tuple[str, ...] = PARTS, may_change: tuple[str, ...] = MAY_CHANGE) -> dict:
     """The options that decide what a run computes, as {dotted path: value}; config: a dict of `config.to_dict`."""
     flat = {}
 
@@ -53,17 +54,19 @@ def meaning(config: dict, parts: tuple[str, ...] = PARTS) -> dict:
         else:
             flat[path] = list(value) if isinstance(value, tuple) else value
     walk({part: config[part] for part in parts}, "")
-    return {path: value for path, value in flat.items() if not any(fnmatch.fnmatchcase(path, p) for p in MAY_CHANGE)}
+    return {path: value for path, value in flat.items() if not any(fnmatch.fnmatchcase(path, p) for p in may_change)}
 
 
-def check_options(saved: dict, config: HawkConfig, where: Path, parts: tuple[str, ...] = PARTS) -> None:
-    """Raises CheckpointError with every option that differs; one that is younger than the checkpoint had its default then."""
-    defaults = meaning(cfg.to_dict(HawkConfig()), parts)
-    old, new = meaning(saved, parts), meaning(cfg.to_dict(config), parts)
+def check_options(saved: dict, config: HawkConfig, where: Path, *only) -> None:
+    """Raises CheckpointError with every option that differs; one that is younger than the checkpoint had its default then.
+
+    only: `parts` and `may_change` of `meaning`.
+    """
+    defaults, old, new = (meaning(tree, *only) for tree in (cfg.to_dict(HawkConfig()), saved, cfg.to_dict(config)))
     lines = cfg.differences({path: old.get(path, defaults.get(path)) for path in old.keys() | new.keys()}, new)
     if lines:
         raise CheckpointError(f"{where} was made with other options: {'; '.join(lines)} (checkpoint -> now). Set them back, or start "
-                              "a run of its own with another run.folder" + (" and run.init_from" if parts == PARTS else ""))
+                              "a run of its own in another run.folder")
 
 
 def check_leaves(saved: dict, wanted: dict, where: Path) -> None:
@@ -186,7 +189,7 @@ class Checkpoints:
     def restore_params(self, step: int, wanted: dict, frozen_hash: str) -> dict:
         """Only the trainable parameters of a step; the options of the model must agree, all others may differ."""
         where, metadata = self.folder / str(step), self.metadata(step)
-        check_options(metadata["config"], self.config, where, ("model",))
+        check_options(metadata["config"], self.config, where, ("model",), MAY_CHANGE_FOR_WEIGHTS)
         check_frozen(metadata["frozen_hash"], frozen_hash, where)
         leaves = self._leaves(step)
         check_leaves(leaves["params"], wanted, where)

@@ -84,15 +84,15 @@ def train(config: HawkConfig, *, input=None, frozen: dict | None = None, mesh=No
         checkpoints = stack.enter_context(Checkpoints(config, config.run.folder))
         state, saved_clips = start_state(config, mesh, checkpoints, frozen_hash)
         step, checksum, best = int(state.step), int(device_checksum(frozen)), checkpoints.best_loss
-        log = stack.enter_context(contextlib.closing(Telemetry(config, step, writing=jax.process_index() == 0)))
-
         if step < config.steps:
             input = input or open_input(config, state.params, frozen, mesh)
             samples = input.resume_samples(int(state.samples), saved_clips)
             state = state._replace(samples=jax.device_put(np.uint32(samples), state.samples.sharding))
             batches = stack.enter_context(contextlib.closing(
                 input.train_batches(samples, host=jax.process_index(), hosts=jax.process_count())))
-            log.event(step, f"going on after step {step}" if step else f"starting {config.run.name}")
+        log = stack.enter_context(contextlib.closing(Telemetry(config, step, writing=jax.process_index() == 0)))
+        if step < config.steps:
+            log.event(step, f"{config.run.name}: going on after step {step}" if step else f"{config.run.name}: starting")
 
         def read(pending: Pending | None) -> None:
             """Waits for a step and reports it; raises NonFinite if it was refused."""

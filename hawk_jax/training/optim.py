@@ -17,13 +17,14 @@ def learning_rate(step, config: OptimConfig):
     """Rate of the update after `step` updates (traced or a number).
 
     Linear from warmup_learning_rate, then a cosine of the *total* step, so that there is a small jump between the two.
+    The rate stays at its minimum where run.steps goes on beyond the cosine's end.
     warmup_counter=inner_epoch starts the line anew in each epoch, as the released code does where warm-up is longer than an epoch.
     """
     inner = step % config.steps_per_epoch if config.warmup_counter == "inner_epoch" else step
     rise = config.learning_rate - config.warmup_learning_rate
     warm = config.warmup_learning_rate + rise * jnp.asarray(inner, jnp.float32) / max(config.warmup_steps, 1)
     # cos^2(x/2) is (1 + cos x) / 2 without the cancellation near the end
-    share = jnp.square(jnp.cos(0.5 * math.pi * jnp.asarray(step, jnp.float32) / config.steps))
+    share = jnp.square(jnp.cos(0.5 * math.pi * jnp.minimum(jnp.asarray(step, jnp.float32) / config.steps, 1.0)))
     return jnp.where(step < config.warmup_steps, warm, config.min_learning_rate
                      + (config.learning_rate - config.min_learning_rate) * share)
 
