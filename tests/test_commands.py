@@ -2,13 +2,15 @@
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hawk_jax.__main__ import COMMANDS, main
+from hawk_jax.__main__ import COMMANDS, main, parser
+from hawk_jax.config import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +69,27 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
     monkeypatch.setattr("hawk_jax.config.load", interrupted)
     assert main(["config", "configs/demo.py"]) == 130 and capsys.readouterr().err == "hawk_jax config: interrupted\n"
+
+
+def documented():
+    """Command lines in the code blocks of README and docs, as a shell would split them."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in page.read_text().splitlines():
+            if " -m hawk_jax " in line and not line.startswith(("`", "|")) and "..." not in line:
+                yield page.name, shlex.split(line.partition(" -m hawk_jax ")[2], comments=True)
+
+
+def test_documented_commands_are_understood():
+    prepared, trained, pages = None, None, set()
+    for page, words in documented():
+        args, rest = parser().parse_known_args(words)
+        assert all("=" in word for word in rest), words
+        config = load(str(ROOT / args.config), [*args.options, *rest]) if getattr(args, "config", None) else None
+        prepared = config.prepare if page == "README.md" and args.command == "prepare" else prepared
+        trained = config.prepare if page == "README.md" and args.command == "train" else trained
+        pages.add(page)
+    assert pages == {"README.md", "prepare.md", "train.md"}
+    assert prepared == trained              # else training would refuse what the line above it prepared
 
 
 def test_as_a_process_without_a_traceback():
