@@ -9,7 +9,7 @@ from hawk_jax.config import HawkConfig, PretrainConfig, WorldConfig
 FOLDER = "runs/synthetic"
 WORLD = WorldConfig(train_clips=1800, validation_clips=90, test_clips=270)
 PRETRAIN = PretrainConfig(encoder_steps=700, branch_steps=1000, decoder_steps=800)
-STEPS = {1: 900, 2: 1200}
+STEPS = {1: 700, 2: 800}
 
 
 def stage1() -> HawkConfig:
