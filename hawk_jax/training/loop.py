@@ -66,7 +66,7 @@ def train(config: HawkConfig, *, input=None, frozen: dict | None = None, mesh=No
 
     A run that was killed, at any moment, goes on from its newest checkpoint as if nothing had happened, bit for bit on one mesh.
     Raises guard.Stopped (exit code 128 + signal) after SIGTERM or SIGINT, guard.NonFinite, and other HawkErrors; in each case the
-    finished steps are saved first, unless it is the disk that fails.
+    finished steps are saved first, unless it is the disk that fails or one process among several.
 
     The order is a contract; each line relies on those before it:
       1. batch t comes from the order of data at state.samples, never from an iterator's own state
@@ -141,11 +141,13 @@ def train(config: HawkConfig, *, input=None, frozen: dict | None = None, mesh=No
                 raise guard.Stopped(signalled)
             checkpoints.wait()
         except Exception as error:
-            if not isinstance(error, CheckpointError):
-                with contextlib.suppress(Exception):    # what stopped the run matters more than what fails after it
-                    read(pending)
-                with contextlib.suppress(Exception):
-                    log.report(step)
+            with contextlib.suppress(Exception):        # what stopped the run matters more than what fails after it
+                read(pending)
+            # Saving is done by all processes together, and only a refused step is seen by all of them.
+            together = jax.process_count() == 1 or isinstance(error, guard.NonFinite)
+            with contextlib.suppress(Exception):
+                log.report(int(state.step))
+                if together and not isinstance(error, CheckpointError):
                     checkpoints.save(guard.forgiven(state), int(state.step), frozen_hash)
                     checkpoints.wait()
             raise
