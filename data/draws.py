@@ -25,11 +25,6 @@ def permutation(count: int, *key) -> np.ndarray:
     return np.argsort(_bits(key).random_raw(count), kind="stable")
 
 
-def generator(*key) -> np.random.Generator:
-    """A numpy generator that belongs to `key`, for draws whose number is not known beforehand (texts)."""
-    return np.random.Generator(_bits(key))
-
-
 def train_view(seed: int, clip: str, times_seen: int, views: int, prepared_views: int) -> int:
     """Which of the record's index sets a clip shows when it was seen `times_seen` times before.
 

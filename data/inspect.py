@@ -15,9 +15,13 @@ LINE = 150              # characters
 
 
 def inspect(folder: Path, split: str, clip: str, out: Path, view: int = 0) -> str:
-    """Writes a PNG of one record to `out` and returns its texts.  `clip` is a number or a name.  RecordError if there is none."""
+    """Writes a PNG of one record to `out` and returns its texts.  `clip` is a number or a name.
+
+    RecordError if there is none, it has no such view, or its content is not what was hashed when it was made.
+    """
     source = open_split(folder, split)
     record = source[_number(source, str(clip))]
+    record.verify()
     if not 0 <= view < len(record.view_VT):
         raise RecordError(f"{folder} has views 0 to {len(record.view_VT) - 1}, not {view}")
     try:

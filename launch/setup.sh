@@ -8,6 +8,9 @@ venv=$1 requirements=$2 python=${PYTHON:-python3}
   echo "hawk_jax needs Python 3.11 to 3.13; $python is $("$python" --version 2>&1). Name another: make demo PYTHON=python3.12" >&2; exit 2; }
 
 if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+    echo "$venv is not empty and no virtual environment: name another folder, make demo VENV=..." >&2; exit 2
+  fi
   rm -rf "$venv"
   if ! "$python" -m venv "$venv" 2>/dev/null; then
     # Debian and Ubuntu ship venv apart from python3

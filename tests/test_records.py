@@ -242,5 +242,9 @@ def test_inspect_draws_a_record(stored, tmp_path):
     text = inspect(stored / "out", "train", "2", tmp_path / "new" / "a.png")        # by name: there is no third clip
     picture_HWC = cv2.imread(str(tmp_path / "new" / "a.png"))
     assert picture_HWC.shape[1] > 1000 and picture_HWC.std() > 10 and "a man pushes a cart" in text and "Q: why?" in text
+    assert "view 1 of 3" in inspect(stored / "out", "train", "2", tmp_path / "b.png", 1)
+    assert (cv2.imread(str(tmp_path / "b.png")) != picture_HWC).any()
+    with pytest.raises(HawkError, match="views 0 to 2, not 3"):
+        inspect(stored / "out", "train", "2", tmp_path / "b.png", 3)
     with pytest.raises(HawkError, match="no clip '9'"):
         inspect(stored / "out", "train", "9", tmp_path / "a.png")
