@@ -43,7 +43,7 @@ def locate(videos: Path, source: str) -> Path:
         if not path.exists():
             raise BadClip("missing file")
     except (OSError, ValueError, RuntimeError) as error:      # a NUL byte, a name too long, a circle of links
-        raise BadClip(f"path cannot be used: {error}") from error
+        raise BadClip(f"path cannot be used: {_reason(error)}") from error
     return path
 
 
@@ -167,7 +167,7 @@ def _video_stream(container):
 
 
 def _reason(error: Exception) -> str:
-    """FFmpeg's words without the path: reasons are the same on every machine."""
+    """The words of FFmpeg or the system without the path: reasons are the same on every machine."""
     return getattr(error, "strerror", None) or type(error).__name__
 
 
