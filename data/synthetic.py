@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -177,15 +178,16 @@ def _other_world(mark: Path, mine: dict) -> list[str]:
         return ["its world.json is damaged"]
 
 
-def _quiet_cv2() -> None:
+def _start_worker() -> None:
     cv2.setNumThreads(1)                # one process per core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process of the terminal; the parent decides
 
 
 def _results(tasks: list, workers: int):
     if workers == 1:
         yield from map(_clip, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, _quiet_cv2) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _start_worker) as pool:
         yield from pool.imap(_clip, tasks, chunksize=8)
 
 
