@@ -14,7 +14,7 @@ from absl import flags
 from data import batches as rows
 from data.index import ClipSet
 from data.plan import PAD, GlobalBatch, Plan
-from data.records import TextRow
+from data.records import TextRow, read_manifest
 from data.text import Tokenizer
 from hawk_jax.config import ConfigError, HawkConfig, HawkError
 
@@ -82,6 +82,12 @@ class Input:
     @property
     def train_set(self) -> ClipSet:
         return self.clip_set(self.config.input.train_split)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """{name: hash} of everything outside the configuration that decides what a batch holds: pieces of text, records."""
+        hashes = {f"data set {n} (input.datasets)": read_manifest(d.folder)["hash"] for n, d in enumerate(self.config.input.datasets)}
+        return {"tokenizer (input.tokenizer)": self.tokenizer.digest} | hashes
 
     @property
     def plan(self) -> Plan:

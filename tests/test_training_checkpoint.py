@@ -93,6 +93,19 @@ def test_an_option_younger_than_the_checkpoint_had_its_default():
         check_options(old, toy_config("", "loss.cosine=group"), "x")
 
 
+def test_other_data_are_refused(state, tmp_path):
+    config = toy_config(tmp_path)
+    with Checkpoints(config, tmp_path) as checkpoints:
+        checkpoints.same_data({"tokenizer": "aa", "data set 0": "bb"})      # a fresh run takes what it is given
+        checkpoints.save(state, 7, "f00d")
+    with Checkpoints(config, tmp_path) as checkpoints:
+        checkpoints.same_data({"tokenizer": "aa", "data set 0": "bb"})
+        with pytest.raises(CheckpointError, match="trained with data set 0 bb, now it is cc; give the run its own data back"):
+            checkpoints.same_data({"tokenizer": "aa", "data set 0": "cc"})
+        with pytest.raises(CheckpointError, match="trained with data set 1 absent, now it is dd"):
+            checkpoints.same_data({"tokenizer": "aa", "data set 0": "bb", "data set 1": "dd"})
+
+
 def test_another_frozen_tree_is_refused(saved):
     with pytest.raises(CheckpointError, match="was trained on the frozen tree f00d, this is beef"):
         restore(saved, 7, frozen_hash="beef")

@@ -125,6 +125,7 @@ class Closable:
 
 class ToyInput:
     """Endless clips, numbered in the order of training.  spoil: {step counted from 1: function of the batch}."""
+    identity = {"tokenizer": "toy"}
 
     def __init__(self, config: HawkConfig, live: bool = False, spoil: dict | None = None):
         self.clips, self.live, self.spoil = config.input.clips, live, spoil or {}

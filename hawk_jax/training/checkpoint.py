@@ -95,7 +95,7 @@ class Checkpoints:
     """
 
     def __init__(self, config: HawkConfig, folder: Path, writing: bool = True):
-        self.folder, self.config, self._response = Path(folder).resolve() / "checkpoints", config, None
+        self.folder, self.config, self._response, self._data = Path(folder).resolve() / "checkpoints", config, None, {}
         run, policies, keep = config.run, ocp.training.save_decision_policies, ocp.training.preservation_policies
         if not writing and not self.folder.is_dir():
             raise CheckpointError(f"no checkpoints in {folder}: has that run been started?")
@@ -137,6 +137,19 @@ class Checkpoints:
     def _losses(self) -> dict[int, float]:
         return {c.step: c.metrics["loss"] for c in self._orbax.checkpoints if c.metrics}
 
+    def same_data(self, identity: dict[str, str]) -> None:
+        """Remembers what the run reads, {name: hash}, for the checkpoints to come.
+
+        Raises CheckpointError if the newest checkpoint was made with other data: paths may change between a run and its continuation,
+        what lies there may not.
+        """
+        old = self.metadata(self.latest)["data"] if self.latest is not None else identity
+        for name in sorted(old.keys() | identity.keys()):
+            if old.get(name) != identity.get(name):
+                raise CheckpointError(f"{self.folder / str(self.latest)} was trained with {name} {old.get(name, 'absent')}, now it is "
+                                      f"{identity.get(name, 'absent')}; give the run its own data back, or start another run.folder")
+        self._data = identity
+
     def save(self, state: TrainState, step: int, frozen_hash: str, loss: float | None = None) -> None:
         """Copies the state off the devices and returns; writing goes on meanwhile.  loss: validation loss of this very state.
 
@@ -145,7 +158,7 @@ class Checkpoints:
         self.wait()
         if any(c.step == step for c in self._orbax.checkpoints):
             return
-        metadata = {"format": FORMAT, "config": cfg.to_dict(self.config), "frozen_hash": frozen_hash,
+        metadata = {"format": FORMAT, "config": cfg.to_dict(self.config), "frozen_hash": frozen_hash, "data": self._data,
                     "digests": {part: cfg.digest(getattr(self.config, part)) for part in PARTS}}
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else None
         with self._writing():
@@ -169,7 +182,7 @@ class Checkpoints:
                                   "run the same command again: it goes on from the last whole checkpoint") from error
 
     def metadata(self, step: int) -> dict:
-        """{"format", "config", "frozen_hash", "digests"} of a checkpoint."""
+        """{"format", "config", "frozen_hash", "data", "digests"} of a checkpoint."""
         saved = self._orbax.checkpointables_metadata(step)
         if not saved.custom_metadata or saved.custom_metadata["format"] > FORMAT:
             raise CheckpointError(f"{self.folder / str(step)} was written by another version of hawk_jax; this one reads format {FORMAT}")

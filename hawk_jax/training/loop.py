@@ -61,8 +61,8 @@ def train(config: HawkConfig, *, input=None, frozen: dict | None = None, mesh=No
     """Trains, or goes on with, the run in config.run.folder until config.steps; returns its summary.
 
     input: `train_batches(samples, host, hosts)`, `eval_batches(split, host=, hosts=)` (closable iterators of batches),
-    `clip_names(ids)`, `resume_samples(samples, saved_clips)`; default data.stream.Input.  frozen: tree of arrays on the mesh, default
-    that of run.frozen.  mesh: default all devices by config.mesh.
+    `clip_names(ids)`, `resume_samples(samples, saved_clips)`, `identity`; default data.stream.Input.  frozen: tree of arrays on the
+    mesh, default that of run.frozen.  mesh: default all devices by config.mesh.
 
     A run that was killed, at any moment, goes on from its newest checkpoint as if nothing had happened, bit for bit on one mesh.
     Raises guard.Stopped (exit code 128 + signal) after SIGTERM or SIGINT, guard.NonFinite, and other HawkErrors; in each case the
@@ -86,6 +86,7 @@ def train(config: HawkConfig, *, input=None, frozen: dict | None = None, mesh=No
         step, checksum, best = int(state.step), int(device_checksum(frozen)), checkpoints.best_loss
         if step < config.steps:
             input = input or open_input(config, state.params, frozen, mesh)
+            checkpoints.same_data(input.identity)
             samples = input.resume_samples(int(state.samples), saved_clips)
             state = state._replace(samples=jax.device_put(np.uint32(samples), state.samples.sharding))
             batches = stack.enter_context(contextlib.closing(
