@@ -18,7 +18,7 @@ ORDER = [   # a module may import from its own layer and from those above it
 ABSENT_ON_GPU_IMAGES = ("cv2", "av", "spacy", "tensorflow_datasets", "grain", "sentencepiece")
 NNX_ALLOWED = {"Module", "Param", "List", "Rngs", "split", "merge", "state", "eval_shape", "with_partitioning", "logical_axis_rules",
                "get_named_sharding", "map_state", "to_pure_dict", "use_eager_sharding", "Linear", "LayerNorm", "RMSNorm", "Embed",
-               "Dropout", "Conv", "initializers", "State", "GraphDef", "Variable", "to_flat_state"}
+               "Dropout", "Conv"}
 
 
 def layer_of(name: str) -> int | None:

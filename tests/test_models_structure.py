@@ -11,8 +11,8 @@ import pytest
 from golden_weights import TINY
 
 from hawk_jax.config import HawkConfig, ModelConfig, QFormerConfig, released
-from hawk_jax.models import build
-from hawk_jax.models.layers import keep_mask
+from hawk_jax.models import build, layers, qformer
+from hawk_jax.models.layers import Declare, LayerNorm, RMSNorm, keep_mask
 
 # Sums of the same numbers in another order (other batch shapes give other matrix kernels): float32 rounding over a few layers.
 REORDERED = 2e-5
@@ -232,3 +232,50 @@ def test_compute_dtype_is_honoured(params):
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(ours))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(run(TINY, params)), strict=True):
         assert np.abs(np.asarray(x, np.float32) - np.asarray(y)).mean() < 10 * 2**-8 * np.abs(np.asarray(y)).mean()
+
+
+def test_norms_have_the_reference_epsilons():
+    """hawk.md section 10.  The goldens cannot tell: at their variance of about 1 a wrong epsilon moves values by 1e-6."""
+    hawk = build.bind(ModelConfig(), build.abstract_params(ModelConfig()))
+    vit, image, video = hawk.encoder.vit.blocks, hawk.encoder.qformer, hawk.motion.qformer
+    assert (vit.norm1.eps, vit.norm2.eps, hawk.encoder.ln_vision.eps) == (1e-6, 1e-6, 1e-5)
+    for qformer in (image, video):
+        layer = qformer.periods[0]
+        assert {n.eps for n in (qformer.norm, layer.norm, layer.attention.norm, layer.crossattention.norm)} == {1e-12}
+    assert hawk.llama.norm.eps == hawk.llama.layers.input_norm.eps == hawk.llama.layers.post_norm.eps == ModelConfig().llama.eps
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_norms_use_their_epsilon(kind):
+    """Values of 1e-3, whose variance is that of the epsilon; numpy in float64, tolerance float32 rounding."""
+    x = np.random.default_rng(0).normal(0.01, 1e-3, (5, 64))
+    norm = kind(Declare("reference", "float32"), 64, 1e-6)
+    ours = jax.tree.map(lambda a: jnp.ones(a.shape) if a.shape else a, norm)
+    if kind is LayerNorm:
+        ours.bias = jax.tree.map(jnp.zeros_like, ours.bias)
+        y = x - x.mean(-1, keepdims=True)
+    else:
+        y = x
+    np.testing.assert_allclose(ours(jnp.float32(x)), y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_where_bert_has_it(monkeypatch):
+    """After the first norm; in each layer on self-attention weights, their output, cross-attention weights, their output, the mlp."""
+    made = []
+
+    class Recorded(layers.Drop):
+        def __init__(self, keep_BN, rate):
+            super().__init__(keep_BN, rate)
+            made.append((self, []))
+
+        def __call__(self, x):
+            next(shapes for drop, shapes in made if drop is self).append(x.shape)
+            return super().__call__(x)
+    monkeypatch.setattr(qformer, "Drop", Recorded)
+    config = dataclasses.replace(TINY, video_qformer=dataclasses.replace(TINY.video_qformer, dropout=0.1))
+    tokens = jax.ShapeDtypeStruct((3, 4, 8, 48), jnp.float32)
+    jax.eval_shape(lambda p, x: build.bind(config, p).video(x, jax.random.key(0)), build.abstract_params(config), tokens)
+    layer = [(3, 4, 8, 8), (3, 8, 48), (3, 4, 8, 32), (3, 8, 48), (3, 8, 48)]
+    assert [shapes for _, shapes in made] == [[(3, 8, 48)], layer]          # both layers are one scanned program
+    assert all(drop.used == drop.keep_BN.shape[1] for drop, _ in made)
+    assert ModelConfig().video_qformer.dropout == 0.1 and ModelConfig().image_qformer.dropout == 0

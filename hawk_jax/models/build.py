@@ -29,9 +29,9 @@ def _name(key) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _structure(config: ModelConfig):
-    """(treedef of the module, {path: Variable} in the order of its leaves)."""
+    """(treedef of the module, {path: Param} in the order of its leaves)."""
     model = Hawk(config)
-    variables, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    variables, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Param))
     return jax.tree.structure(model), {tuple(map(_name, path)): v for path, v in variables}
 
 
