@@ -11,6 +11,7 @@ from hawk_jax.config import HawkConfig, HawkError, InputConfig
 from hawk_jax.convert import keys, torch_files
 from hawk_jax.convert.export import export, read_export
 from hawk_jax.models import build
+from hawk_jax.training.frozen import save_frozen
 
 torch = pytest.importorskip("torch")
 
@@ -119,6 +120,12 @@ def test_damage_and_other_folders_are_refused(exported, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("important")
     with pytest.raises(HawkError, match="holds no export"):
         export(params, config, tmp_path / "mine")
+    save_frozen(tmp_path / "frozen", {"llama": {"norm": np.ones(3, np.float32)}}, {})     # has a manifest.json too
+    with pytest.raises(HawkError, match="holds no export"):
+        export(params, config, tmp_path / "frozen")
+    with pytest.raises(HawkError, match="is not an export"):
+        read_export(tmp_path / "frozen")
+    assert (tmp_path / "frozen" / "llama.safetensors").is_file()
     with pytest.raises(HawkError, match="lack llama/embed_tokens"):
         export({k: v for k, v in params.items() if k != "llama"}, config, tmp_path / "half")
     assert not (tmp_path / "half").exists()

@@ -239,9 +239,9 @@ def test_norms_have_the_reference_epsilons():
     hawk = build.bind(ModelConfig(), build.abstract_params(ModelConfig()))
     vit, image, video = hawk.encoder.vit.blocks, hawk.encoder.qformer, hawk.motion.qformer
     assert (vit.norm1.eps, vit.norm2.eps, hawk.encoder.ln_vision.eps) == (1e-6, 1e-6, 1e-5)
-    for qformer in (image, video):
-        layer = qformer.periods[0]
-        assert {n.eps for n in (qformer.norm, layer.norm, layer.attention.norm, layer.crossattention.norm)} == {1e-12}
+    for former in (image, video):
+        layer = former.periods[0]
+        assert {n.eps for n in (former.norm, layer.norm, layer.attention.norm, layer.crossattention.norm)} == {1e-12}
     assert hawk.llama.norm.eps == hawk.llama.layers.input_norm.eps == hawk.llama.layers.post_norm.eps == ModelConfig().llama.eps
 
 

@@ -97,6 +97,8 @@ def from_the_future(folder):
     (damage_bytes, "encoder/scale is not what the manifest says"), (cut_off, "ends before llama/lm_head/kernel"),
     (change_manifest, "manifest.json was changed"), (from_the_future, "has format 2"),
     (lambda folder: (folder / "manifest.json").unlink(), "no frozen tree at"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "files": {}}'), "is not that of a frozen tree"),
     (lambda folder: (folder / "llama.safetensors").unlink(), "llama.safetensors cannot be read"),
 ])
 def test_damage_is_named(folder, change, message):
@@ -125,7 +127,12 @@ def test_writing_replaces_only_a_frozen_tree(folder, tmp_path):
     with pytest.raises(FrozenError, match="holds no frozen tree"):
         save_frozen(other, tree(), {})
     assert (other / "thesis.txt").exists()
+    (other / "manifest.json").write_text('{"format": 1, "files": {}}')      # an export
+    with pytest.raises(FrozenError, match="holds no frozen tree"):
+        save_frozen(other, tree(), {})
+    assert (other / "thesis.txt").exists()
     changed = tree() | {"llama": {"lm_head": {"kernel": jnp.zeros((8, 16))}}}
+    (folder / "manifest.json").write_text("{")      # a damaged tree is to be made again, in its place
     assert save_frozen(folder, changed, {}) != tree_hash(tree())
     assert not load_frozen(folder, abstract(tree()))[0]["llama"]["lm_head"]["kernel"].any()
     with pytest.raises(FrozenError, match="cannot write"):

@@ -84,6 +84,14 @@ def _write_all(folder: Path, params: dict, config: HawkConfig) -> dict[Path, int
     return counts | {folder / "hawk_config.json": 0}
 
 
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds an export.  A frozen tree has a manifest of the same name, and must not be replaced."""
+    try:
+        return "files" in json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def export(params: dict, config: HawkConfig, out: Path) -> str:
     """Writes a whole parameter tree to `out`; returns one line that says what was written.
 
@@ -93,7 +101,7 @@ def export(params: dict, config: HawkConfig, out: Path) -> str:
     out = Path(out)
     if jax.process_count() > 1:
         raise HawkError("export runs in one process (on all of its devices): start it without a launcher")
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not _is_export(out):
         raise HawkError(f"{out} exists and holds no export; name another folder")
     if missing := sorted(flatten(abstract_params(config.model)).keys() - flatten(params).keys()):
         raise HawkError(f"the parameters lack {'/'.join(missing[0])} and {len(missing) - 1} more: an export needs the whole model")
@@ -122,6 +130,8 @@ def read_export(folder: Path) -> tuple[dict, HawkConfig]:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise HawkError(f"{folder} is not an export (manifest.json: {error})") from error
+    if not {"format", "files"} <= manifest.keys():
+        raise HawkError(f"{folder} is not an export (its manifest.json is of something else)")
     if manifest["format"] > FORMAT:
         raise HawkError(f"{folder} was written in format {manifest['format']}, this version reads up to {FORMAT}; update hawk_jax")
     torch_files.check(folder, manifest["files"])

@@ -96,6 +96,16 @@ def _write_part(file: Path, leaves: dict) -> dict[str, dict]:
     return described
 
 
+def _is_frozen(folder: Path) -> bool:
+    """Whether a folder holds a frozen tree, be it damaged.  An export has a manifest of the same name, and must not be replaced."""
+    try:
+        return "leaves" in json.loads((folder / "manifest.json").read_text())
+    except OSError:
+        return False
+    except ValueError:
+        return True
+
+
 def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
     """Writes a tree of arrays (bfloat16 or float32) and returns its hash.
 
@@ -103,7 +113,7 @@ def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
     Raises FrozenError if the folder holds something else or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not _is_frozen(folder):
         raise FrozenError(f"{folder} is not empty and holds no frozen tree; choose another folder")
     new = folder.with_name(f"{folder.name}.writing")
     try:
@@ -124,7 +134,7 @@ def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------ reading
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a frozen tree.  Raises FrozenError if there is none or a newer version wrote it."""
+    """The manifest of a frozen tree.  Raises FrozenError if there is none, it is of something else, or a newer version wrote it."""
     file = Path(folder) / "manifest.json"
     if not file.is_file():
         raise FrozenError(f"no frozen tree at {folder} (manifest.json is missing); set run.frozen to what `pretrain` or an import wrote")
@@ -132,6 +142,8 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(file.read_text())
     except ValueError as error:
         raise FrozenError(f"{file} is damaged: {error}; make the frozen tree again") from error
+    if not {"format", "leaves", "hash"} <= manifest.keys():
+        raise FrozenError(f"{file} is not that of a frozen tree; set run.frozen to what `pretrain` or an import wrote")
     if manifest["format"] > FORMAT:
         raise FrozenError(f"{file} has format {manifest['format']}, this version reads up to {FORMAT}; update hawk_jax")
     return manifest
