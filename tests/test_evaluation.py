@@ -214,6 +214,8 @@ def test_whole_evaluation(tmp_path, weights, capsys):
             for s in splits.values() for i, e in enumerate(s)]
     labels.write_text("".join(json.dumps(r) + "\n" for r in rows))
     out = tmp_path / "evaluation"
+    (out / "samples").mkdir(parents=True)
+    (out / "samples" / "00007.jpg").write_bytes(b"of an earlier evaluation")
     results = module.evaluate(CONFIG, weights, MemoryInput(splits), "test", out, labels)
     outputs = [json.loads(line) for line in (out / "outputs.jsonl").read_text().splitlines()]
     assert [o["clip"] for o in outputs] == [e.clip for e in splits["test"]]

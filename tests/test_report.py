@@ -76,7 +76,8 @@ def folder(tmp_path):
                          {"question": "Who?", "reference": "A man.", "answer": ""}], "label": label, "sample": True}]
     (evaluation / "outputs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    (evaluation / "samples" / "00001.jpg").write_bytes(strip_jpeg(frames, frames[..., 0]))
+    for number in (0, 1):       # the first is left over: clip 0 is no sample
+        (evaluation / "samples" / f"{number:05d}.jpg").write_bytes(strip_jpeg(frames, frames[..., 0]))
     lines = [{"kind": "train", "step": s, "loss": 5.0 / s, "video_language": 4.0 / s, "motion_language": 2.0 / s, "consistency": 0.5}
              for s in (1, 2, 10)] + [{"kind": "validation", "step": 10, "loss": 0.7, "video_language": 0.6, "consistency": float("nan")}]
     (tmp_path / "stage2").mkdir()

@@ -193,6 +193,8 @@ def evaluate(config: HawkConfig, params: dict, live, split: str, out: Path, labe
         raise HawkError(f"split {split!r} has no descriptions: nothing to compare generated texts with")
     shown = chosen_samples([e.source for e in entries], known, config.generate.samples)
     (out / "samples").mkdir(parents=True, exist_ok=True)
+    for old in (out / "samples").glob("*.jpg"):     # of another split or another choice: the report would show them beside other texts
+        old.unlink()
 
     def see(number, frames_THWC, mask_THW):
         if number in shown:

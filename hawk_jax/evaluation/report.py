@@ -83,7 +83,7 @@ def _samples(folder: Path) -> list[dict]:
     samples = []
     for number, line in enumerate((folder / "outputs.jsonl").read_text().splitlines()):
         output, picture = json.loads(line), folder / "samples" / f"{number:05d}.jpg"
-        if picture.is_file():
+        if output["sample"] and picture.is_file():
             answers = [a | {"right": exact([a["answer"]], [[a["reference"]]]) == 1} for a in output["answers"]]
             samples.append(output | _verdict(output) | {"answers": answers, "picture": base64.b64encode(picture.read_bytes()).decode()})
     return samples
