@@ -1,6 +1,10 @@
-"""What must never pass unnoticed: a step that is not finite, and a request to stop."""
+"""What must never pass unnoticed: a step that is not finite, a request to stop, a second process at the same work."""
+import contextlib
+import fcntl
 import signal
 import threading
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +58,32 @@ def forgiven(state):
 
 
 # ------------------------------------------------------------------------------------------------ on the host
+@contextlib.contextmanager
+def alone(folder: Path, patience: float = 60.0):
+    """Within it `folder` belongs to this process; the kernel gives it back when the process ends, however it ends.
+
+    Waits `patience` seconds for one that is still saving after a request to stop, then raises HawkError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise HawkError(f"{folder} cannot be written: {error.strerror}; mend run.folder") from error
+    end = time.monotonic() + patience
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise HawkError(f"another process trains in {folder}; stop it, or give this run another run.folder") from None
+                time.sleep(0.2)
+            except OSError:             # a file system without locks: nothing to wait for
+                break
+        yield
+
+
 class StopSignals:
     """Within it SIGTERM and SIGINT only set a flag that the loop reads between steps; a second one acts as it always did.
 

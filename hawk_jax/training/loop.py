@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import signal
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +81,8 @@ def train(config: HawkConfig, *, input=None, frozen: dict | None = None, mesh=No
         stack.enter_context(use(mesh, config.mesh.strategy))
         train_step, eval_step = make_train_step(config, mesh), make_eval_step(config)
         stop = stack.enter_context(guard.StopSignals())
+        if jax.process_index() == 0:
+            stack.enter_context(guard.alone(Path(config.run.folder)))
         frozen, frozen_hash = read_frozen(config, mesh) if frozen is None else (frozen, tree_hash(frozen))
         checkpoints = stack.enter_context(Checkpoints(config, config.run.folder))
         state, saved_clips = start_state(config, mesh, checkpoints, frozen_hash)
