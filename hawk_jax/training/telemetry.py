@@ -7,6 +7,7 @@ there).  "validation": step and losses.  "event": what else happened.  The first
 import contextlib
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hawk_jax.config import HawkConfig, HawkError
 DIGEST_STEPS = 20
 COUNTED = ("clips", "tokens")       # reported per second; everything else is a mean
 SILENT = ("refused",)
+SPEEDS = ("clips_per_s", "tokens_per_s", "seconds_per_step", "waited")     # of summary.json
 
 
 class LogError(HawkError):
@@ -142,16 +144,27 @@ class Telemetry:
                     self._board.close()
 
     def summary(self, facts: dict) -> dict:
-        """Figures of the whole run, also written to summary.json; facts: what else belongs there."""
-        a = self._all
-        steps, seconds = max(a["steps"], 1), a["seconds"] or 1.0
+        """Figures of the whole run, also written to summary.json; facts: what else belongs there.
+
+        Speeds are those of this call; one that found nothing left to do keeps the speeds that are there.
+        """
         lines = read_log(self.folder)
         first = {line["step"]: line["loss"] for line in lines if line["step"] <= DIGEST_STEPS}
         names = ("loss", "video_language", "motion_language", "consistency")
         summary = facts | {f"last_{name}": lines[-1][name] for name in names if lines} | {
-            "losses_digest": losses_digest([first[n] for n in sorted(first)]), "clips_per_s": a["clips"] / seconds,
-            "tokens_per_s": a["tokens"] / seconds, "seconds_per_step": a["seconds"] / steps, "waited": a["waited"] / steps}
+            "losses_digest": losses_digest([first[n] for n in sorted(first)])} | self._speeds()
+        # JSON has no infinity: the best loss of a run that never validated is none
+        summary = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
         if self.writing:
             with self._writable():
                 (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         return summary
+
+    def _speeds(self) -> dict:
+        a, old = self._all, {}
+        with contextlib.suppress(OSError, ValueError):
+            old = json.loads((self.folder / "summary.json").read_text())
+        if not a["steps"] and old.keys() >= set(SPEEDS):
+            return {name: old[name] for name in SPEEDS}
+        steps, seconds = max(a["steps"], 1), a["seconds"] or 1.0
+        return dict(zip(SPEEDS, (a["clips"] / seconds, a["tokens"] / seconds, a["seconds"] / steps, a["waited"] / steps)))
