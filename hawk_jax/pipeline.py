@@ -151,6 +151,19 @@ def _claimed(out: Path, fresh: bool):
         yield
 
 
+def _world_version() -> int:
+    """Raised when the same options draw other clips."""
+    from data.synthetic import VERSION
+    return VERSION
+
+
+def _embedded_hash() -> str:
+    """Hash over the embedded tokenizer and language pipeline: other ones make other records and other token ids."""
+    from data.text import EMBEDDED
+    files = sorted(p for p in EMBEDDED.parent.rglob("*") if p.is_file() and p.suffix != ".md")
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
+
+
 def _parts(c: HawkConfig, *names: str) -> dict:
     tree = cfg.to_dict(c)
     return {name: tree[name] for name in names}
@@ -192,8 +205,8 @@ def _run_stages(one: HawkConfig, two: HawkConfig, out: Path) -> Stages:
         return {"path": str(report(out, out / "report.html", {"stage1": one, "stage2": two}, stages.summaries, versions()))}
 
     learn = ("input", "model", "loss", "optim", "mesh", "run")
-    stages.run("render", _parts(one, "world"), [out / "world"], render)
-    stages.run("prepare", _parts(one, "prepare"), [out / "records"], prepare)
+    stages.run("render", _parts(one, "world") | {"drawing": _world_version()}, [out / "world"], render)
+    stages.run("prepare", _parts(one, "prepare") | {"embedded": _embedded_hash()}, [out / "records"], prepare)
     stages.run("pretrain", _parts(one, "pretrain", "input", "model", "mesh"), [out / "frozen"], pretrain)
     stages.run("stage1", _parts(one, *learn), [out / "stage1"], lambda: train(one))
     stages.run("stage2", _parts(two, *learn), [out / "stage2"], lambda: train(two))
