@@ -126,3 +126,20 @@ def test_clips_must_come_out_even():
         config = toy_config("", *options)
         with pytest.raises(ConfigError, match=message):
             check_division(config, make_mesh(config.mesh, jax.devices()[:config.mesh.data]))
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_is_refused():
+    fresh = guard.empty()
+    for loss, norm, refused in ((1.0, 2.0, 0), (np.nan, 2.0, 0), (np.inf, 2.0, 0), (1.0, np.inf, 0), (1.0, np.nan, 0), (1.0, 2.0, 1)):
+        found = guard.accept(fresh | {"skips": jnp.int32(refused)}, jnp.float32(loss), jnp.float32(norm))
+        assert bool(found) == (np.isfinite(loss) and np.isfinite(norm) and not refused)
+
+
+def test_running_mean_of_the_loss():
+    # the first loss, then 98 % of the old mean; refused steps do not count
+    state, expected = guard.empty(), None
+    for step, (loss, ok) in enumerate([(4.0, True), (2.0, True), (np.nan, False), (3.0, True)]):
+        state = guard.advance(state, jnp.bool_(ok), jnp.float32(loss), step)
+        if ok:
+            expected = loss if expected is None else 0.98 * expected + 0.02 * loss
+    assert float(state["loss_average"]) == pytest.approx(expected, rel=1e-6) and int(state["skips"]) == 1
