@@ -8,6 +8,7 @@ On disk, below the folder of a data set:
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -313,7 +314,9 @@ def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
 
 def tfds_folder(folder: Path) -> Path:
     """hawk_clips/VERSION of a data set.  RecordError if there is none, or only of a version this reader does not know."""
-    versions = sorted(p.name for p in (Path(folder) / NAME).glob("*.*.*") if p.is_dir())
+    # numbers only: tfds writes into 1.0.0.incompleteXXXX and renames it
+    found = [p.name for p in (Path(folder) / NAME).glob("*") if p.is_dir() and re.fullmatch(r"\d+\.\d+\.\d+", p.name, re.ASCII)]
+    versions = sorted(found, key=lambda version: [int(number) for number in version.split(".")])
     known = [v for v in versions if v.startswith(READS)]
     if not known:
         what = f"records of version {', '.join(versions)}; this hawk_jax reads {READS}x" if versions else f"no {NAME} folder"

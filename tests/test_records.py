@@ -16,7 +16,7 @@ from data.clips import make_record
 from data.datasets import Entry
 from data.inspect import inspect
 from data.prepare import prepare
-from data.records import NAME, HawkClips, check_prepared, content_hash, dataset_hash, open_split, read_manifest
+from data.records import NAME, HawkClips, check_prepared, content_hash, dataset_hash, open_split, read_manifest, tfds_folder
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, PrepareConfig
 
 CONFIG = PrepareConfig(size=64, frames=4, views=3, shards=2, jpeg_quality=100)
@@ -236,6 +236,12 @@ def test_folders_that_cannot_be_read_say_why(copy, tmp_path):
     (copy / NAME / "1.0.0").rename(copy / NAME / "2.0.0")
     with pytest.raises(HawkError, match=r"records of version 2\.0\.0; this hawk_jax reads 1\.x"):
         open_split(copy, "train")
+
+
+def test_the_newest_readable_version_is_taken_by_its_numbers(tmp_path):
+    for version in ("1.9.0", "1.10.0", "1.2.30", "2.0.0", "1.11.0.incompleteX7", "1.x.0"):      # tfds renames what it has finished
+        (tmp_path / NAME / version).mkdir(parents=True)
+    assert tfds_folder(tmp_path).name == "1.10.0"
 
 
 def test_inspect_draws_a_record(stored, tmp_path):
