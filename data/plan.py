@@ -30,9 +30,9 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class _Epoch:
-    clip_MB: np.ndarray     # M batches
-    seen_MB: np.ndarray
-    bucket_M: np.ndarray
+    clip_JB: np.ndarray
+    seen_JB: np.ndarray
+    bucket_J: np.ndarray
 
 
 def shares(sizes: list[int], weights: list[float]) -> list[int]:
@@ -76,28 +76,28 @@ class Plan:
         """Clip numbers of an epoch in shuffled order, and how often each was drawn before."""
         clips, seen, offset = [], [], 0
         for number, (size, draws) in enumerate(zip(self.sizes, self.draws)):
-            draw_N = np.arange(epoch * draws, (epoch + 1) * draws)
+            draw_I = np.arange(epoch * draws, (epoch + 1) * draws)
             passes = range(epoch * draws // size, ((epoch + 1) * draws - 1) // size + 1)
             walk = np.concatenate([permutation(size, self.seed, "walk", number, p) for p in passes])
-            clips.append(offset + walk[draw_N - passes[0] * size])
-            seen.append(draw_N // size)
+            clips.append(offset + walk[draw_I - passes[0] * size])
+            seen.append(draw_I // size)
             offset += size
         mixed = permutation(self.epoch_clips, self.seed, "mix", epoch)
         return np.concatenate(clips)[mixed], np.concatenate(seen)[mixed]
 
     def _bucketed(self, epoch: int) -> _Epoch:
-        clip_E, seen_E = self.order(epoch)
+        clip_I, seen_I = self.order(epoch)
         full, rest = [], []
         for bucket in range(len(self.buckets)):
-            here = np.flatnonzero(self.bucket_N[clip_E] == bucket)
+            here = np.flatnonzero(self.bucket_N[clip_I] == bucket)
             whole = len(here) // self.clips * self.clips
             full += [(here[i:i + self.clips], bucket) for i in range(0, whole, self.clips)]
             if len(here) > whole:
                 rest.append((np.pad(here[whole:], (0, self.clips - len(here) + whole), constant_values=PAD), bucket))
         batches = [full[i] for i in permutation(len(full), self.seed, "batches", epoch)] + rest
-        at_MB = np.stack([at for at, _ in batches])
-        clip_MB, seen_MB = (np.where(at_MB == PAD, absent, x_E[at_MB]) for absent, x_E in ((PAD, clip_E), (0, seen_E)))
-        return _Epoch(clip_MB, seen_MB, np.array([bucket for _, bucket in batches]))
+        at_JB = np.stack([at for at, _ in batches])
+        clip_JB, seen_JB = (np.where(at_JB == PAD, absent, x_I[at_JB]) for absent, x_I in ((PAD, clip_I), (0, seen_I)))
+        return _Epoch(clip_JB, seen_JB, np.array([bucket for _, bucket in batches]))
 
     def _cached(self, epoch: int, make):
         with self._lock:                        # threads of one epoch wait for one plan instead of each making it
@@ -114,10 +114,10 @@ class Plan:
             return -(-self.epoch_clips // self.clips)
         if self._alike:
             passes_N = np.repeat(np.array(self.draws) // self.sizes, self.sizes)
-            count_K = np.bincount(self.bucket_N, passes_N, len(self.buckets)).astype(np.int64)
+            count_Y = np.bincount(self.bucket_N, passes_N, len(self.buckets)).astype(np.int64)
         else:
-            count_K = np.bincount(self.bucket_N[self.order(epoch)[0]], minlength=len(self.buckets))
-        return int((-(-count_K // self.clips)).sum())
+            count_Y = np.bincount(self.bucket_N[self.order(epoch)[0]], minlength=len(self.buckets))
+        return int((-(-count_Y // self.clips)).sum())
 
     def start(self, epoch: int) -> int:
         """Steps before an epoch.  Epochs may differ: in a mixture, what broken passes leave over decides how full buckets get."""
@@ -142,13 +142,13 @@ class Plan:
         if len(self.buckets) > 1:
             epoch, at = self.locate(samples // self.clips)
             plan = self._cached(epoch, self._bucketed)
-            return GlobalBatch(plan.clip_MB[at], plan.seen_MB[at], self.buckets[plan.bucket_M[at]])
+            return GlobalBatch(plan.clip_JB[at], plan.seen_JB[at], self.buckets[plan.bucket_J[at]])
         sample_B = np.arange(samples, samples + self.clips)
         parts = []
         for epoch in range(sample_B[0] // self.epoch_clips, sample_B[-1] // self.epoch_clips + 1):
-            clip_E, seen_E = self._cached(epoch, self.order)
+            clip_I, seen_I = self._cached(epoch, self.order)
             inside = sample_B[sample_B // self.epoch_clips == epoch] - epoch * self.epoch_clips
-            parts.append((clip_E[inside], seen_E[inside]))
+            parts.append((clip_I[inside], seen_I[inside]))
         return GlobalBatch(*map(np.concatenate, zip(*parts)), self.buckets[0])
 
     def resume(self, samples: int, saved_clips: int) -> int:

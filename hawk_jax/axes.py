@@ -5,6 +5,7 @@ Suffix legend (an array of rank >= 2 carries these letters, in order):
   P patches and class token · F pixels of a patch, or mlp width · M ViT width · Q queries · E Q-Former width · Z consistency width
   D decoder width · A attention heads · K width of a head · R rows of tokens · S tokens of a row · U keys (cache slots)
   V vocabulary (in `view_VT`: views) · L layers · G encoder copies (1 or 2)
+  of data/plan.py: J batches of an epoch · I clips drawn in an epoch · Y buckets of row lengths
 
 A parameter's axes have logical names; a strategy maps names to mesh axes ("data", "fsdp", "tensor"):
   layers, copies     stacked layers and encoder copies: never split, `lax.scan` takes one at a time

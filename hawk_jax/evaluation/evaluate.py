@@ -168,12 +168,12 @@ def chosen_samples(sources: Sequence[str], labels: dict[str, dict], count: int) 
 
 def strip_jpeg(frames_THWC: np.ndarray, mask_THW: np.ndarray, most: int = 8) -> bytes:
     """JPEG of at most `most` frames side by side, and below each what the motion branch sees: the frame times its mask."""
-    at = np.linspace(0, len(frames_THWC) - 1, min(most, len(frames_THWC))).round().astype(int)
-    frames, masks = frames_THWC[at], mask_THW[at]
-    moving = (frames * (masks[..., None] / 255)).round().astype(np.uint8)
+    at_T = np.linspace(0, len(frames_THWC) - 1, min(most, len(frames_THWC))).round().astype(int)
+    frames_THWC, mask_THW = frames_THWC[at_T], mask_THW[at_T]
+    moving_THWC = (frames_THWC * (mask_THW[..., None] / 255)).round().astype(np.uint8)
     # what does not move stays visible, dark, so that one sees where the motion is
-    below = np.maximum(moving, (frames * 0.18).astype(np.uint8))
-    pair_THWC = np.pad(np.concatenate([frames, below], axis=1), ((0, 0), (0, 0), (0, GAP), (0, 0)))
+    below_THWC = np.maximum(moving_THWC, (frames_THWC * 0.18).astype(np.uint8))
+    pair_THWC = np.pad(np.concatenate([frames_THWC, below_THWC], axis=1), ((0, 0), (0, 0), (0, GAP), (0, 0)))
     sheet_HWC = np.concatenate(list(pair_THWC), axis=1)[:, :-GAP]
     return cv2.imencode(".jpg", cv2.cvtColor(sheet_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
 
