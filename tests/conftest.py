@@ -23,6 +23,17 @@ def shared() -> Path:
     pytest.skip(reason)
 
 
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory):
+    """Processes find no torch, as where only requirements.txt is installed: spaCy would import it, two seconds in each of them."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("raise ImportError('hidden by the tests')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)           # of multiprocessing's processes; those of subprocess read the variable
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+        yield
+
+
 @pytest.fixture(scope="session")
 def write_mp4():
     """Writes a small h264 file: a red square moves right by two pixels a frame over a still, random background.

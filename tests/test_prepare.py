@@ -20,6 +20,7 @@ from data.prepare import plan, prepare
 from data.records import NAME, dataset_hash, open_split, read_manifest
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, PrepareConfig
 
+pytestmark = pytest.mark.usefixtures("no_torch")
 OPTIONS = ["prepare.size=56", "prepare.frames=8", "prepare.views=2", "prepare.shards=3", "prepare.max_pixels=1000000",
            "model.frame_positions=8"]
 SMALL = HawkConfig(prepare=PrepareConfig(size=32, frames=4, views=2, shards=2), model=ModelConfig(frame_positions=4))
@@ -40,7 +41,7 @@ def write_audio(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(shared, tmp_path_factory, write_mp4):
+def world(shared, tmp_path_factory, write_mp4, no_torch):
     """The nine real clips, six broken ones, and three odd ones that can be decoded."""
     root = tmp_path_factory.mktemp("world")
     videos = root / "videos"
@@ -81,21 +82,28 @@ def start_and_kill(arguments: list[str], out: Path, clips: int, everything: bool
     process.wait()
 
 
-def test_good_clips_go_in_bad_ones_are_listed_and_neither_workers_nor_kills_change_the_result(world, shared):
+@pytest.fixture(scope="module")
+def prepared(world, shared) -> str:
+    """The world prepared by one worker into ROOT/one: what the command printed."""
+    root = world[0]
+    done = subprocess.run(command(root, root / "one", shared, 1), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_good_clips_go_in_bad_ones_are_listed_and_neither_workers_nor_kills_change_the_result(world, prepared, shared):
     root, real, odd = world
-    one = subprocess.run(command(root, root / "one", shared, 1), capture_output=True, text=True, timeout=200)
-    assert one.returncode == 0, one.stderr
     assert {r.clip for r in open_split(root / "one", "train").texts} == {*real, *odd}
     reasons = {r["video"]: r["reason"] for r in map(json.loads, (root / "one/rejected.jsonl").read_text().splitlines())}
     assert reasons == {"truncated.mp4": "cannot be opened: Invalid data found when processing input", "zero.mp4": "empty file",
                        "audio.mp4": "no video stream", "large.mp4": "picture too large: 1280x800 is more than 1000000 pixels",
                        "link.mp4": "path leaves the video folder", "missing.mp4": "missing file"}
     manifest = read_manifest(root / "one")
-    lines = dict(line.rsplit(maxsplit=1) for line in one.stdout.splitlines())
-    assert "phrases by                       en_ewt_captions_test 1.0.0 (spaCy" in one.stdout
+    lines = dict(line.rsplit(maxsplit=1) for line in prepared.splitlines())
+    assert "phrases by                       en_ewt_captions_test 1.0.0 (spaCy" in prepared
     assert lines["clips"] == "12" and lines["rejected"] == "6" and lines["  missing file"] == "1" and lines["hash"] == manifest["hash"]
 
-    start_and_kill(command(root, root / "two", shared, 2), root / "two", 2, everything=True)
+    start_and_kill(command(root, root / "two", shared, 1), root / "two", 2, everything=True)
     start_and_kill(command(root, root / "two", shared, 2), root / "two", 7, everything=False)
     (root / "two" / NAME / "1.0.0").mkdir(parents=True, exist_ok=True)
     (root / "two" / NAME / "1.0.0" / "incomplete.1.x").touch()          # as a kill while a shard is written leaves it
@@ -110,11 +118,8 @@ def test_good_clips_go_in_bad_ones_are_listed_and_neither_workers_nor_kills_chan
     assert not (root / "two/.work").exists() and not list((root / "two" / NAME / "1.0.0").glob("*incomplete*"))
 
 
-def test_real_clips_have_the_frames_that_opencv_reads(world):
-    """Runs on what the test above prepared."""
-    root, real, _ = world
-    if not (root / "one/prepare.json").exists():
-        pytest.skip("needs the data set of the test above")
+def test_real_clips_have_the_frames_that_opencv_reads(world, prepared):
+    root, *_ = world
     for record in open_split(root / "one", "train"):
         if record.clip not in ("aRo8x3xXeEA_3_8.avi", "RoadAccidents133_x264_270_451.mp4", "skateboarding_dog.mp4"):
             continue

@@ -101,7 +101,7 @@ def test_still_frames_have_no_mask_and_one_frame_is_a_clip(tmp_path, golden):
 
 # ------------------------------------------------------------------------------------------------ storage
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory, golden, shared):
+def stored(tmp_path_factory, golden, shared, no_torch):
     """A data set of three folders of pictures, two in train, one in test; four shards, so some are empty."""
     root = tmp_path_factory.mktemp("stored")
     for n in range(3):
