@@ -21,7 +21,7 @@ from data import motion
 from data.clips import make_record
 from data.datasets import Entry
 from data.records import example, features, shard_path, text_row
-from data.video import BadClip
+from data.video import BadClip, is_passing
 from hawk_jax.config import HawkError, PrepareConfig
 
 GROUPS = "group_size:1"         # one record a group: random access, as tfds writes it
@@ -87,6 +87,13 @@ def _cannot_write(path: Path, error: Exception) -> HawkError:
     return HawkError(f"{path}: {what}; finished clips are kept: run the same command again when there is room")
 
 
+def _machine_failed(source: str, error: Exception) -> HawkError:
+    what = getattr(error, "strerror", None) or "out of memory"
+    return HawkError(f"{source}: {what}; that is the machine and not the clip, which is not rejected. Finished clips are kept: run the "
+                     "same command again, with fewer --workers if memory or open files ran out; a clip that never gets through can be "
+                     "moved out of the video folder")
+
+
 class Worker:
     """The function of a worker process: makes a clip or a shard, answers with Rejected or None."""
 
@@ -114,6 +121,8 @@ class Worker:
         except HawkError:
             raise
         except Exception as error:      # one clip never stops the run; the reason says what it was
+            if is_passing(error):       # but on another machine, or tomorrow, this clip would be good
+                raise _machine_failed(task.entry.source, error) from error
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return write_rejected(path, task.entry.source, f"unexpected error: {what}")
         write_atomic(path, json.dumps(text_row(record)).encode(), b"\n", stored)

@@ -5,7 +5,9 @@ stamps.  Decoding is sequential and holds one frame.  Pictures are resized by Op
 released code (decord, 224 x 224) does: INTER_AREA when shrinking, since a bilinear kernel would skip pixels and alias, and aliasing
 flickers, which Farneback takes for motion; INTER_LINEAR when a side grows.
 """
+import errno
 import hashlib
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +22,20 @@ from data.draws import permutation
 PICTURES = {".jpg", ".jpeg", ".png"}
 # demuxers that only list other files, which may lie anywhere
 PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"}
+# what a machine refuses at times: disk or network, its open files, its memory
+PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+SPARE = 1 << 30         # bytes; more than decoding 4096 x 2304 takes, whose 17 pictures at a time are 14 MB each
 
 
 class BadClip(Exception):
     """A clip that cannot become a record.  The text before the first colon is the kind of fault, what follows the detail."""
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error is a fault of the machine that may pass: no clip may be rejected for it."""
+    if isinstance(error, cv2.error):
+        return getattr(error, "code", None) == cv2.Error.StsNoMem
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING
 
 
 class Frame(NamedTuple):
@@ -43,6 +55,8 @@ def locate(videos: Path, source: str) -> Path:
         if not path.exists():
             raise BadClip("missing file")
     except (OSError, ValueError, RuntimeError) as error:      # a NUL byte, a name too long, a circle of links
+        if is_passing(error):
+            raise
         raise BadClip(f"path cannot be used: {_reason(error)}") from error
     return path
 
@@ -75,7 +89,22 @@ class VideoFile:
             # a path could name a protocol or a playlist of other files; damage in tags is not damage of pictures
             return av.open(str(self.path), metadata_errors="ignore", options={"protocol_whitelist": "file"})
         except (av.FFmpegError, ValueError, OSError) as error:
+            self._clear_machine(error)
             raise BadClip(f"cannot be opened: {_reason(error)}") from error
+
+    def _clear_machine(self, error: Exception) -> None:
+        """Raises OSError or MemoryError if `error` is a fault of the machine; returns if it is the file's.
+
+        FFmpeg has EIO and ENOMEM for damaged files too, whose lengths lead nowhere or are absurd: so it is tried whether the file can be
+        read and memory be had.
+        """
+        code = getattr(error, "errno", None)
+        if code == errno.EIO:
+            self.content_hash()
+        elif code == errno.ENOMEM:
+            mmap.mmap(-1, SPARE).close()
+        elif is_passing(error):
+            raise error
 
     def content_hash(self) -> str:
         with open(self.path, "rb") as file:
@@ -98,7 +127,8 @@ class VideoFile:
             for packet in self._packets(container, stream):
                 try:
                     decoded = packet.decode()
-                except av.FFmpegError:
+                except av.FFmpegError as error:
+                    self._clear_machine(error)
                     self.faults += 1
                     continue
                 for frame in decoded:
@@ -112,7 +142,8 @@ class VideoFile:
                 yield next(packets)
             except StopIteration:
                 return
-            except av.FFmpegError:  # the file ends in the middle of something
+            except av.FFmpegError as error:     # the file ends in the middle of something
+                self._clear_machine(error)
                 self.faults += 1
                 return
 

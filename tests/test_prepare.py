@@ -18,6 +18,7 @@ from data import motion
 from data.datasets import read_annotations
 from data.prepare import plan, prepare
 from data.records import NAME, dataset_hash, open_split, read_manifest
+from data.shards import MakeClip, Worker
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, PrepareConfig
 
 pytestmark = pytest.mark.usefixtures("no_torch")
@@ -187,6 +188,24 @@ def test_full_disk_stops_with_a_reason_and_a_crashing_clip_is_left_out(folders, 
     annotate(folders / "a.json", "01234")
     with pytest.raises(HawkError, match="rejected.jsonl is missing or damaged"):
         run(folders, shared, flow=fragile_flow)
+
+
+@pytest.mark.parametrize("fault", [OSError(code, os.strerror(code)) for code in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)] + [
+    OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError(), cv2.error("flow")])
+def test_a_fault_of_the_machine_stops_the_run_and_rejects_no_clip(folders, shared, monkeypatch, fault):
+    def failing(*_):
+        raise fault
+    if isinstance(fault, cv2.error):
+        fault.code = cv2.Error.StsNoMem         # as OpenCV's allocator sets it
+    monkeypatch.setattr(cv2, "setNumThreads", lambda _: None)
+    (folders / "out/.work").mkdir(parents=True)
+    worker = Worker(folders / "out", folders / "videos", SMALL.prepare, "embedded", failing)
+    entry, *_ = read_annotations(folders / "a.json")
+    with pytest.raises(HawkError, match="^0: .*that is the machine and not the clip.* run the same command again") as error:
+        worker(MakeClip("train", 0, 0, entry))
+    assert "\n" not in str(error.value) and not list((folders / "out/.work").glob("train-*/*"))
+    worker.flow = motion.farneback              # it passed
+    assert worker(MakeClip("train", 0, 0, entry)) is None
 
 
 def test_clips_without_any_text_are_left_out_and_files_of_others_stay(folders, shared):

@@ -1,7 +1,14 @@
 """Decoding against OpenCV's own reader, frame sets against the released code's golden values."""
+import errno
 import json
+import mmap
+import os
+import resource
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -65,6 +72,71 @@ def test_a_playlist_is_not_followed(tmp_path, write_mp4):
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
     with pytest.raises(BadClip, match="playlist"):
         video.open_source(tmp_path / "list.mp4", None, PIXELS)
+
+
+# ------------------------------------------------------------------------------------------------ whose fault it is
+def refusing(code):
+    """A function that fails as FFmpeg does with this errno."""
+    def refuse(*_, **__):
+        av.error.err_check(-code)
+    return refuse
+
+
+@pytest.fixture
+def clip(tmp_path, write_mp4) -> Path:
+    return write_mp4(tmp_path / "a.mp4", frames=2)
+
+
+@pytest.fixture
+def no_files_left(clip):
+    """The process may open no more files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.open("/", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_a_free_file_the_clip_is_not_to_blame(clip, no_files_left):
+    with pytest.raises(OSError) as error:
+        video.VideoFile(clip, None, PIXELS)
+    assert video.is_passing(error.value)
+
+
+@pytest.mark.parametrize("code, machine", [(errno.EIO, (video.VideoFile, "content_hash")), (errno.ENOMEM, (mmap, "mmap"))])
+def test_what_ffmpeg_says_of_damage_and_of_the_machine_alike_is_tried(clip, monkeypatch, code, machine):
+    """Of 4000 damaged files libavformat 62 opened 5 with EIO and 3 with ENOMEM."""
+    source = video.VideoFile(clip, None, PIXELS)
+    monkeypatch.setattr(av, "open", refusing(code))
+    with pytest.raises(BadClip, match=f"cannot be opened: {os.strerror(code)}"):
+        source.expected_frames()
+
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(*machine, refused)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        source.expected_frames()
+
+
+@pytest.mark.parametrize("part", ["demux", "decode"])
+def test_frames_are_not_left_out_because_the_machine_failed(clip, monkeypatch, part):
+    source = video.VideoFile(clip, None, PIXELS)
+    fail = SimpleNamespace(decode=refusing(errno.ENFILE), demux=lambda _: map(refusing(errno.ENFILE), "x"))
+    if part == "decode":
+        monkeypatch.setattr(source, "_packets", lambda *_: [fail])
+    else:
+        packets = source._packets
+        monkeypatch.setattr(source, "_packets", lambda _, stream: packets(fail, stream))
+    with pytest.raises(OSError, match="Too many open files in system"):
+        list(source.frames())
+
+
+def test_a_path_is_not_to_blame_for_a_stale_mount(tmp_path, monkeypatch):
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr(type(tmp_path), "exists", stale)
+    with pytest.raises(OSError, match="Stale"):
+        video.locate(tmp_path, "a.mp4")
 
 
 def test_a_folder_of_pictures_in_natural_order(tmp_path):
