@@ -16,6 +16,7 @@ from typing import NamedTuple
 import av
 import cv2
 import numpy as np
+from PIL import Image
 
 from data.draws import permutation
 
@@ -24,6 +25,7 @@ PICTURES = {".jpg", ".jpeg", ".png"}
 PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "rtsp", "webm_dash_manifest"}
 # what a machine refuses at times: disk or network, its open files, its memory
 PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+Image.MAX_IMAGE_PIXELS = None       # of pictures only the header is read by Pillow; their limit is prepare.max_pixels
 SPARE = 1 << 30         # bytes; more than decoding 4096 x 2304 takes, whose 17 pictures at a time are 14 MB each
 
 
@@ -176,13 +178,31 @@ class PictureFolder:
     def frames(self) -> Iterator[Frame]:
         self.faults = 0
         for number, path in enumerate(self.files):
-            picture_HWC = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR_RGB)
+            picture_HWC = self._picture(path)
             if picture_HWC is None:
                 self.faults += 1
                 continue
             height, width = picture_HWC.shape[:2]
-            _too_large(width, height, self.max_pixels)
             yield Frame(number / self.fps, width, height, lambda picture_HWC=picture_HWC: picture_HWC)
+
+    def _picture(self, path: Path) -> np.ndarray | None:
+        """RGB u8 [H, W, 3]; None if damaged.  The header comes first: a file of a megabyte may hold a gigabyte of pixels."""
+        size = _header_size(path)
+        if size is None:
+            return None
+        _too_large(*size, self.max_pixels)
+        return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def _header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in the header of a picture; None if it is damaged."""
+    try:
+        with Image.open(path) as header:
+            return header.size
+    except Exception as error:      # Pillow has several for damaged files, OSError without a number among them
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        return None
 
 
 def _video_stream(container):

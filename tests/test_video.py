@@ -5,6 +5,7 @@ import mmap
 import os
 import resource
 import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,23 @@ def test_a_folder_of_pictures_in_natural_order(tmp_path):
     assert [f.pixels()[0, 0, 0] for f in frames] == [10, 20, 100]
     (tmp_path / "2.png").write_bytes(b"broken")
     assert len(list(source.frames())) == 2 and source.faults == 1
+
+
+def test_the_size_of_a_picture_is_checked_before_it_is_decoded(tmp_path, monkeypatch):
+    ihdr, nothing = struct.pack(">IIBBBBB", 30000, 20000, 8, 2, 0, 0, 0), zlib.compress(b"")
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", ihdr), (b"IDAT", nothing), (b"IEND", b""))))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded: 1.8 GB"))
+    with pytest.raises(BadClip, match=f"picture too large: 30000x20000 is more than {PIXELS} pixels"):
+        next(video.open_source(tmp_path, None, PIXELS).frames())
+
+
+@pytest.mark.parametrize("damaged", [b"", b"broken", b"\x89PNG\r\n\x1a\n\0\0\0\x01IHDR\0" + struct.pack(">I", zlib.crc32(b"IHDR\0"))])
+def test_damaged_headers_are_damaged_pictures(tmp_path, damaged):
+    (tmp_path / "1.png").write_bytes(damaged)
+    source = video.open_source(tmp_path, None, PIXELS)
+    assert not list(source.frames()) and source.faults == 1
 
 
 @pytest.mark.parametrize("source, fault", [
