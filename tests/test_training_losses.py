@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from hawk_jax.config import LossConfig
 from hawk_jax.models.hawk import HawkOutputs
@@ -96,7 +97,7 @@ def test_gradients_equal_plain_softmax_for_any_chunk(chunk_tokens):
 def largest_array(jaxpr) -> int:
     """Values of the largest array that any equation makes, inner programs included."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
-    return max(sizes + [largest_array(inner) for eqn in jaxpr.eqns for inner in jax.core.jaxprs_in_params(eqn.params)], default=0)
+    return max(sizes + [largest_array(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)], default=0)
 
 
 def test_logits_never_exist_whole():

@@ -5,15 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from toy_run import quick_compile, toy_batch, toy_config, toy_params
 
 from hawk_jax.config import ConfigError
 from hawk_jax.mesh import make_mesh, use
+from hawk_jax.models import build
 from hawk_jax.models.hawk import HawkOutputs
-from hawk_jax.training import guard
+from hawk_jax.training import freeze, guard
 from hawk_jax.training.losses import hawk_losses, mean
 from hawk_jax.training.state import init_state
-from hawk_jax.training.step import check_division, dropout_keys, make_train_step, microbatches, put_batch
+from hawk_jax.training.step import check_division, dropout_keys, gradients, make_train_step, microbatches, put_batch
 
 NAMES = ("loss", "video_language", "motion_language", "consistency", "grad_norm")
 
@@ -143,3 +145,25 @@ def test_running_mean_of_the_loss():
         if ok:
             expected = loss if expected is None else 0.98 * expected + 0.02 * loss
     assert float(state["loss_average"]) == pytest.approx(expected, rel=1e-6) and int(state["skips"]) == 1
+
+
+def scans(jaxpr, length: int):
+    """All scans of so many turns, inner programs included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan" and eqn.params["length"] == length:
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from scans(inner, length)
+
+
+@pytest.mark.parametrize("remat, kept", [("full", 1), ("dots", 7)])
+def test_the_backward_pass_keeps_no_copy_of_the_frozen_decoder(remat, kept):
+    """Traced only.  Of a layer it keeps its input, and with dots the seven matrix products; at 7B a copy of the weights is 13 GB."""
+    config = toy_config("", f"model.remat={remat}", "model.llama.depth=5")
+    trainable, frozen = freeze.split(build.abstract_params(config.model), config.model)
+    batch = {k: v for k, v in toy_batch(0, 8).items() if k != "clip_id_B"}
+    jaxpr = jax.make_jaxpr(lambda p, f: gradients(config, p, f, batch, dropout_keys(config, 0, 8)))(trainable, frozen)
+    forward, backward = scans(jaxpr.jaxpr, 5)
+    assert [v.aval.shape for v in backward.outvars] == [(8, 24, 16)]            # the cotangent of the decoder's input, nothing of weights
+    last, *stacked = [v.aval.shape for v in forward.outvars]
+    assert last == (8, 24, 16) and len(stacked) == kept and {shape[:3] for shape in stacked} == {(5, 8, 24)}
