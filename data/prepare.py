@@ -27,6 +27,7 @@ from hawk_jax.config import HawkConfig, HawkError, PrepareConfig, differences, d
 
 # what write_atomic and the writer of a shard leave when they are killed; nothing else in --out is ours to delete
 LEFT_OVERS = ("prepare.json.*.tmp", "rejected.jsonl.*.tmp", "texts_*.jsonl.*.tmp", f"{NAME}/{VERSION}/incomplete.*")
+NO_TRACE = ("place", "empty_pairs")             # fields of an entry that no record depends on
 Shards = dict[tuple[str, int], list[Entry]]     # (split, shard) -> its entries in order
 
 
@@ -40,7 +41,8 @@ def prepare(*, videos: Path, annotations: Path, out: Path, spacy: str, config: H
     started, settings, out = time.time(), config.prepare, Path(out)
     if not Path(videos).is_dir():
         raise HawkError(f"--videos {videos} is not a folder")
-    shards = plan(read_annotations(Path(annotations), split, settings.validation_share), settings.shards)
+    entries = read_annotations(Path(annotations), split, settings.validation_share)
+    shards = plan(entries, settings.shards)
     identity = _identity(settings, spacy, shards, flow)
     try:
         with _only_one(out):
@@ -51,7 +53,7 @@ def prepare(*, videos: Path, annotations: Path, out: Path, spacy: str, config: H
                 _write_metadata(shards, out, settings, identity)
     except KeyboardInterrupt:
         raise HawkError(f"interrupted; finished clips are kept in {out}: run the same command to go on") from None
-    summary = _summary(out) | {"seconds": time.time() - started}
+    summary = _summary(out) | {"empty_pairs": sum(e.empty_pairs for e in entries), "seconds": time.time() - started}
     print(table(summary))
     if not summary["clips"]:
         raise HawkError(f"no clip of {annotations} could be used, see {out}/rejected.jsonl; is --videos {videos} the folder "
@@ -71,7 +73,7 @@ def plan(entries: list[Entry], shards: int) -> Shards:
 def _identity(config: PrepareConfig, spacy: str, shards: Shards, flow: Callable) -> dict:
     """What a data set is made from.  Work begun with another identity is not continued."""
     from data.motion_text import MotionParser
-    entries = [{k: v for k, v in asdict(e).items() if k != "place"} for listed in shards.values() for e in listed]
+    entries = [{k: v for k, v in asdict(e).items() if k not in NO_TRACE} for listed in shards.values() for e in listed]
     return {"prepare": json.loads(json.dumps(to_dict(config))), "phrases": MotionParser(spacy).describe(),
             "annotations_sha256": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), "flow": f"{flow.__module__}.{flow.__name__}"}
 
@@ -203,6 +205,8 @@ def _summary(out: Path) -> dict:
 def table(summary: dict) -> str:
     """The summary as lines for people."""
     rows = [("clips", summary["clips"]), *((f"  {split}", n) for split, n in summary["splits"].items()), ("rejected", summary["rejected"]),
-            *((f"  {reason}", n) for reason, n in summary["reasons"].items()), ("phrases by", summary["phrases"]),
-            ("seconds", f"{summary['seconds']:.1f}"), ("bytes", f"{summary['bytes']:,}"), ("hash", summary["hash"])]
+            *((f"  {reason}", n) for reason, n in summary["reasons"].items()),
+            *([("empty question-answer pairs", f"{n}, left out")] if (n := summary["empty_pairs"]) else []),
+            ("phrases by", summary["phrases"]), ("seconds", f"{summary['seconds']:.1f}"), ("bytes", f"{summary['bytes']:,}"),
+            ("hash", summary["hash"])]
     return "\n".join(f"{name:32} {value}" for name, value in rows)

@@ -208,9 +208,9 @@ def test_a_fault_of_the_machine_stops_the_run_and_rejects_no_clip(folders, share
     assert worker(MakeClip("train", 0, 0, entry)) is None
 
 
-def test_clips_without_any_text_are_left_out_and_files_of_others_stay(folders, shared):
+def test_clips_without_any_text_are_left_out_and_files_of_others_stay(folders, shared, capsys):
     rows = json.loads((folders / "a.json").read_text())
-    rows[2] |= {"description": " ", "QA": []}
+    rows[2] |= {"description": " ", "QA": [{"q": "what?", "a": "\n"}]}
     rows[3] |= {"description": ""}
     (folders / "a.json").write_text(json.dumps(rows))
     (folders / "out/.work").mkdir(parents=True)
@@ -222,6 +222,10 @@ def test_clips_without_any_text_are_left_out_and_files_of_others_stay(folders, s
     (folders / "out/.work/identity.json").unlink()
     summary = run(folders, shared)
     assert summary["clips"] == 4 and summary["reasons"] == {"no text": 1}
+    assert "\nempty question-answer pairs      1, left out\n" in capsys.readouterr().out
+    rows[2]["QA"].clear()
+    (folders / "a.json").write_text(json.dumps(rows))
+    assert run(folders, shared)["hash"] == summary["hash"]          # a pair that leaves no trace makes no other data set
     assert (folders / "out/notes.tmp").exists() and not (folders / "out/prepare.json.7.tmp").exists()
 
 
@@ -263,6 +267,14 @@ def test_malformed_annotations_name_file_and_entry(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(HawkError, match=message):
         read_annotations(tmp_path / "a.json")
+
+
+def test_empty_pairs_are_left_out_and_white_space_around_the_others(tmp_path):
+    pairs = [(" who?\n", "\ta man "), ("", "a"), ("what?", "  "), ("", ""), ("a  b?", "c")]
+    (tmp_path / "a.json").write_text(json.dumps([{**GOOD, "QA": [{"q": q, "a": a} for q, a in pairs]}, GOOD]))
+    entry, other = read_annotations(tmp_path / "a.json")
+    assert entry.questions == ("who?", "a  b?") and entry.answers == ("a man", "c") and entry.empty_pairs == 3
+    assert other.questions == () and other.empty_pairs == 0
 
 
 def test_splits_come_from_the_entry_the_option_or_the_file_name(tmp_path):

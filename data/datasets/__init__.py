@@ -32,6 +32,7 @@ class Entry:
     fps: float | None = None        # frames per second of a folder of pictures; None: 1
     clip: str = ""                  # the source, with #2, #3, ... where it occurs again
     place: str = ""                 # file and entry, for messages
+    empty_pairs: int = 0            # questions without answer or the reverse, left out
 
 
 def read_annotations(path: Path, split: str | None = None, validation_share: float = 0.0) -> list[Entry]:

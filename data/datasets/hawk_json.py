@@ -29,19 +29,22 @@ def _entry(item, place: str) -> Entry:
         if key not in item:
             raise AnnotationError(f"{place}: {key!r} is missing")
     source = text(item["video"], "'video'", place)
-    pairs = _pairs(item["QA"], f"{place} ({source})")
+    every = _pairs(item["QA"], f"{place} ({source})")
+    pairs = [(q, a) for q, a in every if q and a]
     return Entry(source=source, description=text(item["description"], "'description'", place, empty=True),
                  questions=tuple(q for q, _ in pairs), answers=tuple(a for _, a in pairs),
-                 split=split_name(item.get("split"), place), fps=_fps(item.get("fps"), place), place=place)
+                 split=split_name(item.get("split"), place), fps=_fps(item.get("fps"), place), place=place,
+                 empty_pairs=len(every) - len(pairs))
 
 
 def _pairs(value, place: str) -> list[tuple[str, str]]:
+    """Every pair without the white space around it, empty ones too."""
     if not isinstance(value, list):
         raise AnnotationError(f"{place}: 'QA' must be a list, got {type(value).__name__}")
     for number, pair in enumerate(value):
         if not isinstance(pair, dict) or not {"q", "a"} <= pair.keys():
             raise AnnotationError(f"{place}: 'QA' number {number} must be an object with 'q' and 'a'")
-    return [(text(pair["q"], f"'q' of pair {n}", place), text(pair["a"], f"'a' of pair {n}", place)) for n, pair in enumerate(value)]
+    return [tuple(text(pair[key], f"{key!r} of pair {n}", place, empty=True).strip() for key in "qa") for n, pair in enumerate(value)]
 
 
 def _fps(value, place: str) -> float | None:
