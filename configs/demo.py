@@ -28,8 +28,9 @@ from hawk_jax.config import (
 FOLDER = "runs/demo"
 CLASSES = ("walking", "running", "driving", "wrong_way", "standing_up", "falling", "empty", "fire", "collision", "pavement_car")
 WORLD = WorldConfig(train_clips=320, validation_clips=20, test_clips=100, seconds=(5.0, 7.0), classes=CLASSES)
-PRETRAIN = PretrainConfig(encoder_steps=250, branch_steps=300, decoder_steps=350)
-STEPS = {1: 400, 2: 350}
+PRETRAIN = PretrainConfig(encoder_steps=250, branch_steps=250, decoder_steps=280)
+STEPS = {1: 320, 2: 280}
+TOKENS = 128                            # of a conversation: two or three rounds
 
 
 def tiny_model() -> ModelConfig:
@@ -44,7 +45,7 @@ def tiny_model() -> ModelConfig:
 
 
 def stage(number: int, folder: str = FOLDER, world: WorldConfig = WORLD, pretrain: PretrainConfig = PRETRAIN,
-          steps: dict[int, int] = STEPS) -> HawkConfig:
+          steps: dict[int, int] = STEPS, tokens: int = TOKENS) -> HawkConfig:
     """Stage 1 learns captions from fresh trainables, stage 2 conversations from stage 1."""
     return HawkConfig(
         world=world,
@@ -52,7 +53,7 @@ def stage(number: int, folder: str = FOLDER, world: WorldConfig = WORLD, pretrai
         pretrain=pretrain,
         input=InputConfig(
             datasets=(DataSource(f"{folder}/records"),), clips=32, views=1, features="memory", tokenizer="embedded", crop="none",
-            conversation_share=0.0 if number == 1 else 1.0, max_caption_tokens=96, max_conversation_tokens=256),
+            conversation_share=0.0 if number == 1 else 1.0, max_caption_tokens=96, max_conversation_tokens=tokens),
         model=tiny_model(),
         loss=LossConfig(chunk_tokens=8192),
         optim=OptimConfig(

@@ -10,14 +10,15 @@ FOLDER = "runs/synthetic"
 WORLD = WorldConfig(train_clips=1800, validation_clips=90, test_clips=270)
 PRETRAIN = PretrainConfig(encoder_steps=700, branch_steps=1000, decoder_steps=800)
 STEPS = {1: 700, 2: 800}
+TOKENS = 256                            # every round of the longest conversation
 
 
 def stage1() -> HawkConfig:
-    return stage(1, FOLDER, WORLD, PRETRAIN, STEPS)
+    return stage(1, FOLDER, WORLD, PRETRAIN, STEPS, TOKENS)
 
 
 def stage2() -> HawkConfig:
-    return stage(2, FOLDER, WORLD, PRETRAIN, STEPS)
+    return stage(2, FOLDER, WORLD, PRETRAIN, STEPS, TOKENS)
 
 
 config = stage2
