@@ -22,7 +22,8 @@ from data import motion
 from data.datasets import Entry, read_annotations
 from data.pool import Crash, work
 from data.records import FORMAT, NAME, VERSION, RecordError, check_prepared, features, hash_of, read_json, read_manifest, shard_path
-from data.shards import MakeClip, MakeShard, Rejected, Worker, WorkFolder, write_atomic, write_rejected
+from data.retry import reopen
+from data.shards import MakeClip, MakeShard, Rejected, Worker, WorkFolder, read_rejected, write_atomic, write_rejected
 from hawk_jax.config import HawkConfig, HawkError, PrepareConfig, differences, digest, to_dict
 
 # what write_atomic and the writer of a shard leave when they are killed; nothing else in --out is ours to delete
@@ -32,10 +33,11 @@ Shards = dict[tuple[str, int], list[Entry]]     # (split, shard) -> its entries 
 
 
 def prepare(*, videos: Path, annotations: Path, out: Path, spacy: str, config: HawkConfig, workers: int | None = None,
-            split: str | None = None, flow: Callable = motion.farneback, progress: bool = True) -> dict:
+            split: str | None = None, retry_rejected: bool = False, flow: Callable = motion.farneback, progress: bool = True) -> dict:
     """Prepares a data set, or goes on with one, and prints a table.  Returns the summary that the table shows.
 
-    `split` names the split of entries that name none; `workers` = processes (None: all cores); `flow` = signature of `motion.farneback`.
+    `split` names the split of entries that name none; `workers` = processes (None: all cores); `flow` = signature of `motion.farneback`;
+    `retry_rejected`: when all is done, clips whose process died or that met an unexpected error are made again.
     HawkError if annotations are malformed, the configuration differs from that of `out`, the disk is full, or no clip can be used.
     """
     started, settings, out = time.time(), config.prepare, Path(out)
@@ -44,13 +46,18 @@ def prepare(*, videos: Path, annotations: Path, out: Path, spacy: str, config: H
     entries = read_annotations(Path(annotations), split, settings.validation_share)
     shards = plan(entries, settings.shards)
     identity = _identity(settings, spacy, shards, flow)
+
+    def finish():
+        _make(shards, WorkFolder(out), workers, progress, (out, Path(videos), settings, spacy, flow))
+        _write_metadata(shards, out, settings, identity)
     try:
         with _only_one(out):
-            if _finished(out, settings, identity):
+            if not _finished(out, settings, identity):
+                finish()
+            elif not retry_rejected:
                 print(f"{out} is complete already; to prepare it again delete it")
-            else:
-                _make(shards, WorkFolder(out), workers, progress, (out, Path(videos), settings, spacy, flow))
-                _write_metadata(shards, out, settings, identity)
+            if retry_rejected and reopen(shards, WorkFolder(out), settings.shards, identity):
+                finish()
     except KeyboardInterrupt:
         raise HawkError(f"interrupted; finished clips are kept in {out}: run the same command to go on") from None
     summary = _summary(out) | {"empty_pairs": sum(e.empty_pairs for e in entries), "seconds": time.time() - started}
@@ -156,7 +163,7 @@ def _after_crash(task: MakeClip | MakeShard, crash: Crash, folder: WorkFolder) -
     if isinstance(task, MakeShard):
         raise HawkError(f"shard {task.shard} of split {task.split} cannot be written: its process died twice ({crash.cause})")
     path = folder.clip(task.split, task.shard, task.position)
-    return write_rejected(path, task.entry.source, f"process died: {crash.cause}, twice")
+    return write_rejected(path, task.entry.source, f"process died: {crash.cause}, twice (--retry-rejected tries again)")
 
 
 # ------------------------------------------------------------------------------------------------ the last step
@@ -192,11 +199,7 @@ def _split_info(out: Path, split: str, lengths: list[int], size: int) -> tfds.co
 
 def _summary(out: Path) -> dict:
     manifest = read_manifest(out)
-    try:
-        lines = (out / "rejected.jsonl").read_text().splitlines()
-        reasons = Counter(json.loads(line)["reason"].partition(":")[0] for line in lines)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RecordError(f"{out}/rejected.jsonl is missing or damaged; delete the data set and prepare it again") from error
+    reasons = Counter(row["reason"].partition(":")[0] for row in read_rejected(out))
     return {"clips": sum(s["clips"] for s in manifest["splits"].values()), "splits": {n: s["clips"] for n, s in manifest["splits"].items()},
             "rejected": manifest["rejected"], "reasons": dict(reasons.most_common()), "phrases": manifest["phrases"],
             "bytes": sum(p.stat().st_size for p in out.rglob("*") if p.is_file()), "hash": manifest["hash"]}

@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 from data import motion
 from data.clips import make_record
 from data.datasets import Entry
-from data.records import example, features, shard_path, text_row
+from data.records import RecordError, example, features, read_manifest, shard_path, text_row
 from data.video import BadClip, is_passing
 from hawk_jax.config import HawkError, PrepareConfig
 
@@ -132,7 +132,7 @@ class Worker:
         """Clips in order of position -> ArrayRecord file and summary.  The file comes last: where it is, all is."""
         path = shard_path(self.folder.out, task.split, task.shard, self.config.shards)
         temporary = path.with_name(f"incomplete.{os.getpid()}.{path.name}")
-        lines = []
+        rows, sizes = [], []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             writer = array_record_module.ArrayRecordWriter(str(temporary), GROUPS)
@@ -140,11 +140,12 @@ class Worker:
                 head, _, stored = self.folder.clip(task.split, task.shard, position).read_bytes().partition(b"\n")
                 if stored:
                     writer.write(stored)
-                lines.append(json.dumps(json.loads(head) | ({"bytes": len(stored)} if stored else {})))
+                rows.append(json.loads(head))
+                sizes.append(len(stored))
             writer.close()
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            write_atomic(self.folder.summary(task.split, task.shard), "".join(f"{line}\n" for line in lines).encode())
+            write_atomic(self.folder.summary(task.split, task.shard), summary_lines(rows, sizes))
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:        # the writer raises RuntimeError
             temporary.unlink(missing_ok=True)
@@ -152,7 +153,22 @@ class Worker:
         shutil.rmtree(self.folder.clips(task.split, task.shard), ignore_errors=True)
 
 
+def summary_lines(rows: list[dict], sizes: list[int]) -> bytes:
+    """The summary of a shard: what is written of each clip, and the bytes of its record, 0 without one."""
+    return "".join(json.dumps(row | ({"bytes": size} if size else {})) + "\n" for row, size in zip(rows, sizes)).encode()
+
+
 def write_rejected(path: Path, source: str, reason: str) -> Rejected:
     write_atomic(path, json.dumps({"video": source, "reason": reason}).encode(), b"\n")
     return Rejected(source, reason)
 
+
+def read_rejected(out: Path) -> list[dict]:
+    """The lines of rejected.jsonl of a complete data set."""
+    try:
+        rows = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        if len(rows) != read_manifest(out)["rejected"]:
+            raise ValueError("it has another number of lines than prepare.json says")
+        return [{"video": row["video"], "reason": row["reason"]} for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RecordError(f"{out}/rejected.jsonl is missing or damaged; delete the data set and prepare it again") from error

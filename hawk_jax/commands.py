@@ -77,13 +77,15 @@ def prepare_arguments(p):
                    help="spaCy pipeline by name or path (default: en_core_web_sm); `embedded` only fits the synthetic world")
     p.add_argument("--split", default=None, help="split of entries that name none (default: by the file's name, else train)")
     p.add_argument("--workers", type=_count, default=None, help="processes (default: all cores)")
+    p.add_argument("--retry-rejected", action="store_true", help="make clips again that were rejected because their process died or "
+                   "for an unexpected error; all others stay")
     _with_config(p, optional=True)
 
 
 def prepare(args):
     from data.prepare import prepare
     prepare(videos=args.videos, annotations=args.annotations, out=args.out, spacy=args.spacy, config=_load(args), split=args.split,
-            workers=args.workers)
+            workers=args.workers, retry_rejected=args.retry_rejected)
 
 
 def inspect_arguments(p):

@@ -17,8 +17,8 @@ import pytest
 from data import motion
 from data.datasets import read_annotations
 from data.prepare import plan, prepare
-from data.records import NAME, dataset_hash, open_split, read_manifest
-from data.shards import MakeClip, Worker
+from data.records import NAME, content_hash, dataset_hash, open_split, read_manifest
+from data.shards import MakeClip, Worker, read_rejected
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, PrepareConfig
 
 pytestmark = pytest.mark.usefixtures("no_torch")
@@ -140,8 +140,8 @@ def test_real_clips_have_the_frames_that_opencv_reads(world, prepared):
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
 def fragile_flow(before_NHW, after_NHW):
-    """Farneback that kills its process at a bright clip, and finds the disk full if the environment says so."""
-    if before_NHW.mean() > 250:
+    """Farneback that kills its process at a white clip, or finds the disk full at a bright one, if the environment says so."""
+    if "HAWK_TEST_CRASH" in os.environ and before_NHW.mean() > 250:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "HAWK_TEST_FULL" in os.environ and before_NHW.mean() > 120:
         def full(*_):
@@ -166,7 +166,7 @@ def run(root: Path, shared: Path, config=SMALL, **more) -> dict:
                       "spacy": str(shared / "data/spacy_en_ud"), "config": config} | more)
 
 
-def test_full_disk_stops_with_a_reason_and_a_crashing_clip_is_left_out(folders, shared, monkeypatch):
+def test_full_disk_stops_with_a_reason_and_other_options_do_not_go_on(folders, shared, monkeypatch):
     monkeypatch.setenv("HAWK_TEST_FULL", "1")
     with pytest.raises(HawkError, match="disk is full; finished clips are kept"):
         run(folders, shared, flow=fragile_flow)
@@ -174,8 +174,7 @@ def test_full_disk_stops_with_a_reason_and_a_crashing_clip_is_left_out(folders, 
     with pytest.raises(HawkError, match=r"begun with other prepare options \(then -> now\): prepare\.size: 32 -> 24;"):
         run(folders, shared, HawkConfig(prepare=PrepareConfig(size=24, frames=4, views=2, shards=2), model=ModelConfig(frame_positions=4)))
     summary = run(folders, shared, flow=fragile_flow)
-    assert summary["clips"] == 4 and summary["reasons"] == {"process died": 1}
-    assert json.loads((folders / "out/rejected.jsonl").read_text()) == {"video": "0", "reason": "process died: SIGSEGV, twice"}
+    assert summary["clips"] == 5 and summary["reasons"] == {}
     again = run(folders, shared, flow=fragile_flow)         # complete: nothing is made
     assert {k: again[k] for k in ("clips", "hash", "reasons")} == {k: summary[k] for k in ("clips", "hash", "reasons")}
     assert {p.name for p in (folders / "out").iterdir()} == {NAME, "prepare.json", "rejected.jsonl", "texts_train.jsonl"}
@@ -188,6 +187,41 @@ def test_full_disk_stops_with_a_reason_and_a_crashing_clip_is_left_out(folders, 
     annotate(folders / "a.json", "01234")
     with pytest.raises(HawkError, match="rejected.jsonl is missing or damaged"):
         run(folders, shared, flow=fragile_flow)
+
+
+def test_a_crashing_clip_is_left_out_and_can_be_made_again_as_if_it_had_never_been_rejected(folders, shared, monkeypatch):
+    rows = json.loads((folders / "a.json").read_text())
+    rows[4]["video"] = "gone"
+    (folders / "a.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("HAWK_TEST_CRASH", "1")
+    first = run(folders, shared, flow=fragile_flow)
+    assert first["clips"] == 3 and first["reasons"] == {"process died": 1, "missing file": 1}
+    assert {"video": "0", "reason": "process died: SIGSEGV, twice (--retry-rejected tries again)"} in read_rejected(folders / "out")
+    monkeypatch.delenv("HAWK_TEST_CRASH")
+
+    unlink = Path.unlink
+
+    def interrupted(path, **more):
+        if "array_record" in path.name:
+            raise KeyboardInterrupt
+        unlink(path, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(HawkError, match="interrupted"):
+            run(folders, shared, flow=fragile_flow, retry_rejected=True)
+    again = run(folders, shared, flow=fragile_flow)         # the same data set, from what lies there
+    assert {k: again[k] for k in ("clips", "hash", "reasons")} == {k: first[k] for k in ("clips", "hash", "reasons")}
+
+    summary = run(folders, shared, flow=fragile_flow, retry_rejected=True)
+    assert summary["clips"] == 4 and summary["reasons"] == {"missing file": 1} and not (folders / "out/.work").exists()
+    fresh = run(folders, shared, flow=fragile_flow, out=folders / "fresh")
+    for name in ("texts_train.jsonl", "rejected.jsonl", "prepare.json"):
+        assert (folders / "out" / name).read_bytes() == (folders / "fresh" / name).read_bytes()
+    assert summary["hash"] == fresh["hash"] == dataset_hash(folders / "out")
+    ours, theirs = open_split(folders / "out", "train"), open_split(folders / "fresh", "train")
+    assert [content_hash(r) for r in ours] == [content_hash(r) for r in theirs]
+    monkeypatch.setattr("data.prepare.work", None)          # nothing left to try: no process starts
+    assert run(folders, shared, flow=fragile_flow, retry_rejected=True)["hash"] == fresh["hash"]
 
 
 @pytest.mark.parametrize("fault", [OSError(code, os.strerror(code)) for code in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)] + [
