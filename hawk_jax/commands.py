@@ -132,8 +132,11 @@ def train_arguments(p):
 
 
 def train(args):
+    from hawk_jax.mesh import start_processes
     from hawk_jax.training.loop import train
-    _print_summary(train(_load(args)))
+    c = _load(args)
+    start_processes()
+    _print_summary(train(c))
 
 
 def evaluate_arguments(p):

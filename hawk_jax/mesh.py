@@ -41,7 +41,9 @@ def start_processes() -> tuple[int, int]:
         if address and not (count and index):
             raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} is set, but JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index}: "
                               "set all three, or none")
-        jax.distributed.initialize(address, int(count), int(index)) if address else jax.distributed.initialize()
+        # a process that fails waits this long for the others at its end; jax's own five minutes only cost machine time
+        given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)} if address else {}
+        jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
     return jax.process_index(), jax.process_count()
 
 

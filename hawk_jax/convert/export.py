@@ -22,6 +22,7 @@ from hawk_jax.convert import torch_files
 from hawk_jax.convert.keys import from_torch, table, to_torch
 from hawk_jax.models.build import abstract_params, flatten
 from hawk_jax.training import freeze
+from hawk_jax.training.frozen import put_in_place
 
 FORMAT = 1
 PREFIX = "llama_model."
@@ -114,8 +115,7 @@ def export(params: dict, config: HawkConfig, out: Path) -> str:
     manifest = {"format": FORMAT, "names": "state dict of the authors' PyTorch code", "config_digest": digest(config), "files": files,
                 "tensors": sum(counts.values())}
     (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    new.rename(out)
+    put_in_place(new, out)
     size = sum(entry["bytes"] for entry in files.values())
     return f"{manifest['tensors']} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {out}"
 

@@ -19,7 +19,7 @@ from hawk_jax.training import freeze
 from hawk_jax.training.frozen import load_frozen
 from hawk_jax.training.state import TrainState, abstract_state
 
-FORMAT = 1
+FORMAT = 2          # 2: knows the hashes of its data
 ITEM = "state"
 PARTS = ("input", "model", "loss", "optim", "run")      # of the configuration; the data set's own digest covers `prepare`
 MAY_CHANGE = (      # between a run and its continuation: where things lie, how much is done, how the work is cut up
@@ -184,7 +184,7 @@ class Checkpoints:
     def metadata(self, step: int) -> dict:
         """{"format", "config", "frozen_hash", "data", "digests"} of a checkpoint."""
         saved = self._orbax.checkpointables_metadata(step)
-        if not saved.custom_metadata or saved.custom_metadata["format"] > FORMAT:
+        if not saved.custom_metadata or saved.custom_metadata["format"] != FORMAT:
             raise CheckpointError(f"{self.folder / str(step)} was written by another version of hawk_jax; this one reads format {FORMAT}")
         return saved.custom_metadata
 

@@ -13,7 +13,9 @@ from hawk_jax.models import build
 
 
 def encode_features(config: HawkConfig, params: dict, live, mesh, splits: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """{split: {"video_NKTQE", "motion_NKTQE"}} in the frozen dtype, N clips x K = input.views views, in the order of the data set.
+    """{split: {"video_NKTQE", "motion_NKTQE"}} in the frozen dtype, N clips x K views, in the order of the data set.
+
+    K = input.views in the training split, 1 in others.
 
     live: an Input with input.features=live.  Raises HawkError on several processes: each would hold the whole data set.
     """
@@ -21,7 +23,8 @@ def encode_features(config: HawkConfig, params: dict, live, mesh, splits: list[s
         raise HawkError("input.features=memory holds the whole data set in one process; on several use input.features=live")
     encode = jax.jit(lambda params, batch: build.bind(config.model, params).image_tokens(batch))
     with use(mesh, config.mesh.strategy):
-        return {split: _encode_split(encode, params, live, split, config.input.views, mesh) for split in splits}
+        views = {split: config.input.views if split == config.input.train_split else 1 for split in splits}     # others show view 0
+        return {split: _encode_split(encode, params, live, split, views[split], mesh) for split in splits}
 
 
 def _encode_split(encode, params: dict, live, split: str, views: int, mesh) -> dict[str, np.ndarray]:

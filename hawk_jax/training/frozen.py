@@ -106,6 +106,16 @@ def _is_frozen(folder: Path) -> bool:
         return True
 
 
+def put_in_place(new: Path, folder: Path) -> None:
+    """`new` becomes `folder`; what was there is set aside first and deleted last, so that a kill leaves one of the two whole."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
     """Writes a tree of arrays (bfloat16 or float32) and returns its hash.
 
@@ -124,8 +134,7 @@ def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
             leaves |= _write_part(new / f"{part}.safetensors", _named({part: subtree}))
         manifest = {"format": FORMAT, "hash": _tree_hash(leaves), "provenance": provenance, "leaves": leaves}
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+        put_in_place(new, folder)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         raise FrozenError(f"cannot write the frozen tree to {folder}: {error}") from error

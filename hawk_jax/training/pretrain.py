@@ -110,7 +110,8 @@ def head_losses(heads: dict, x_BM: jax.Array, targets: dict[str, jax.Array], wei
 def fit(name: str, loss_fn: Callable, trainable: dict, rest: dict, batches: Iterator, steps: int, options: PretrainConfig,
         mesh, log: list) -> dict:
     """AdamW with warm-up and cosine on `loss_fn(trainable, rest, batch) -> (loss, figures)`; returns the trained tree."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.warmup_steps, steps, 0.05 * options.learning_rate)
+    end = max(steps, options.warmup_steps + 1)      # a phase shorter than its warm-up never leaves it
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, options.warmup_steps, end, 0.05 * options.learning_rate)
     decays = jax.tree.map(lambda v: v.ndim >= 2, trainable)
     adamw = optax.adamw(schedule, b2=options.beta2, weight_decay=options.weight_decay, mask=decays)
     tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
