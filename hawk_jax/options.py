@@ -70,7 +70,7 @@ def _parse(text: str, kind):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    if str in (kind, *typing.get_args(kind)) and not isinstance(value, str) and value is not None:
+    if _fits("", kind) and not isinstance(value, str) and value is not None:
         return text                     # a name such as `2024` stays text
     return _cast(value, kind)
 

@@ -12,10 +12,11 @@ def test_typed_overrides_apply_at_once():
     # vit_copies=2 alone is refused: together with qformer_copies=2 it must pass, whatever the order
     c = C.override(BASE, ["model.vit_copies=2", "model.qformer_copies=2", "optim.learning_rate=3e-5", "optim.clip_norm=None",
                           "input.buckets=(64, 128)", "run.name=2024", "input.datasets=({'folder': 'x'},)", "model.remat=dots",
-                          "pretrain.learning_rate=1"])
+                          "pretrain.learning_rate=1", "world.classes=('fire',)"])
     assert (c.model.vit_copies, c.optim.learning_rate, c.optim.clip_norm, c.run.name) == (2, 3e-5, None, "2024")
     assert c.input.buckets == (64, 128) and c.input.datasets == (C.DataSource("x"),)
-    assert isinstance(c.pretrain.learning_rate, float)
+    assert isinstance(c.pretrain.learning_rate, float) and c.world.classes == ("fire",)
+    assert C.override(c, ["world.classes=()"]).world.classes == ()
 
 
 @pytest.mark.parametrize("text, said", [
