@@ -7,7 +7,7 @@ from configs.demo import stage
 from hawk_jax.config import HawkConfig, PretrainConfig, WorldConfig
 
 FOLDER = "runs/synthetic"
-WORLD = WorldConfig(train_clips=1800, validation_clips=90, test_clips=270)
+WORLD = WorldConfig(train_clips=1800, validation_clips=90, test_clips=270, seconds=(5.0, 8.0))
 PRETRAIN = PretrainConfig(encoder_steps=700, branch_steps=1000, decoder_steps=800)
 STEPS = {1: 700, 2: 800}
 TOKENS = 256                            # every round of the longest conversation

@@ -9,6 +9,7 @@ A clip is a pure function of (world.seed, split, index): the same bytes on one m
 the same objects in the same places and differ in movement only; APPEARANCE_PAIRS move alike and differ in what moves.
 `python -m data.synthetic [PNG]` draws docs/world.png, a picture of every class.
 """
+import argparse
 import contextlib
 import difflib
 import functools
@@ -17,7 +18,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import av
@@ -231,4 +231,6 @@ def contact_sheet(out_png: Path | str, world: WorldConfig | None = None, columns
 
 
 if __name__ == "__main__":
-    contact_sheet(*sys.argv[1:2] or ["docs/world.png"])
+    arguments = argparse.ArgumentParser(prog="python -m data.synthetic", description="Draws one clip of each class as a picture.")
+    arguments.add_argument("out", nargs="?", type=Path, default=Path("docs/world.png"), help="a .png file (default: docs/world.png)")
+    contact_sheet(arguments.parse_args().out)

@@ -28,7 +28,7 @@ class WorldConfig:
     width: int = 320                    # pixels of the mp4 files; 320x240 is the smallest camera
     height: int = 240
     fps: int = 15                       # frames per second of the mp4 files
-    seconds: tuple[float, float] = (5.0, 8.0)   # length of a clip is drawn from this interval
+    seconds: tuple[float, float] = (5.0, 12.0)  # length of a clip is drawn from this interval
     classes: tuple[str, ...] = ()       # names from data.synthetic.CLASSES; () = all of them
 
 
