@@ -167,6 +167,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         go(tmp_path / "file" / "run")
 
 
+def test_frozen_parameters_that_change_in_memory_are_noticed(tmp_path, monkeypatch):
+    checksums = iter((1, 2))        # before the first step, after the last
+    monkeypatch.setattr("hawk_jax.training.loop.device_checksum", lambda frozen: next(checksums))
+    with pytest.raises(HawkError, match="frozen parameters changed in memory"):
+        go(tmp_path, "run.steps=1")
+
+
 def test_init_from_takes_the_best_trainables_and_a_fresh_optimiser(whole, tmp_path):
     folder, summary = whole
     config, mesh = toy_config(tmp_path, f"run.init_from={folder}", "optim.learning_rate=0.5"), one_device()
