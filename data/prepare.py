@@ -179,8 +179,11 @@ def _write_metadata(shards: Shards, out: Path, config: PrepareConfig, identity: 
         write_atomic(out / f"texts_{split}.jsonl", "".join(f"{json.dumps(row)}\n" for row in flat).encode())
         hashes[split] = [row["content_hash"] for row in flat]
         splits[split] = {"clips": len(flat), "bytes": size, "hash": hash_of({split: hashes[split]})}
-        if flat:                # tfds has no splits without records
+        if flat:
             infos.append(_split_info(out, split, [len(shard) for shard in kept], size))
+        else:                   # tfds has no splits without records, and refuses a folder with files of one
+            for shard in range(config.shards):
+                shard_path(out, split, shard, config.shards).unlink(missing_ok=True)
     write_atomic(out / "rejected.jsonl", "".join(f"{json.dumps(row)}\n" for row in rejected).encode())
     if infos:
         tfds.folder_dataset.write_metadata(

@@ -13,11 +13,12 @@ import av
 import cv2
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from data import motion
 from data.datasets import read_annotations
 from data.prepare import plan, prepare
-from data.records import NAME, content_hash, dataset_hash, open_split, read_manifest
+from data.records import NAME, VERSION, content_hash, dataset_hash, open_split, read_manifest
 from data.shards import MakeClip, Worker, read_rejected
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, PrepareConfig
 
@@ -187,6 +188,17 @@ def test_full_disk_stops_with_a_reason_and_other_options_do_not_go_on(folders, s
     annotate(folders / "a.json", "01234")
     with pytest.raises(HawkError, match="rejected.jsonl is missing or damaged"):
         run(folders, shared, flow=fragile_flow)
+
+
+def test_a_split_of_which_every_clip_is_rejected_is_left_out(folders, shared):
+    rows = json.loads((folders / "a.json").read_text())
+    rows[4] |= {"video": "gone", "split": "validation"}
+    (folders / "a.json").write_text(json.dumps(rows))
+    summary = run(folders, shared)
+    assert summary["clips"] == 4 and summary["reasons"] == {"missing file": 1}
+    builder = tfds.builder_from_directory(str(folders / "out" / NAME / VERSION))
+    assert list(builder.info.splits) == ["train"] and len(builder.as_data_source("train")) == 4
+    assert run(folders, shared)["hash"] == summary["hash"]      # and it is complete
 
 
 def test_a_crashing_clip_is_left_out_and_can_be_made_again_as_if_it_had_never_been_rejected(folders, shared, monkeypatch):

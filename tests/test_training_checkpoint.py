@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, onto which mesh, what is kept, what is refused."""
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,46 @@ def test_leaves_that_differ_are_named(saved, change, message):
     wanted = wanted._replace(params=wanted.params | {"video": change(wanted.params["video"])})
     with Checkpoints(saved, saved.run.folder) as checkpoints, pytest.raises(CheckpointError, match=message):
         checkpoints.restore(7, wanted, "f00d")
+
+
+def _data_file(folder: Path) -> Path:
+    return max((f for f in folder.rglob("*") if f.is_file() and "/d/" in str(f)), key=lambda f: f.stat().st_size)
+
+
+def _cut(folder: Path) -> None:
+    with open(_data_file(folder), "r+b") as file:
+        file.truncate(100)
+
+
+def _remove(folder: Path) -> None:
+    for file in folder.rglob("manifest.ocdbt"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("damage", [_cut, _remove])
+def test_damaged_files_are_one_line_that_names_the_step(state, tmp_path, damage):
+    config = toy_config(tmp_path)
+    save(config, state, (7, None))
+    damage(tmp_path / "checkpoints" / "7")
+    with pytest.raises(CheckpointError, match=r"checkpoints/7 is damaged \(.*\); delete that folder") as e:
+        restore(config, 7)
+    assert "\n" not in str(e.value)
+
+
+def test_bits_that_flipped_unseen_are_noticed(saved, state, monkeypatch):
+    # Orbax's own checks find some; here the arrays come back whole but for one bit, as if they had not
+    true = Checkpoints._check_bits
+
+    def flipped(self, step, checksum, tree):
+        bits = np.asarray(tree["opt_state"]["mu"]["video"]["queries"]).copy()
+        bits.reshape(-1).view(np.uint32)[0] ^= 1
+        mu = tree["opt_state"]["mu"]
+        mu = mu | {"video": mu["video"] | {"queries": jnp.asarray(bits)}}
+        return true(self, step, checksum, tree | {"opt_state": tree["opt_state"] | {"mu": mu}})
+    restore(saved, 7)
+    monkeypatch.setattr(Checkpoints, "_check_bits", flipped)
+    with pytest.raises(CheckpointError, match="bits are not those that were saved"):
+        restore(saved, 7)
 
 
 def test_newest_and_best_are_kept(state, tmp_path):

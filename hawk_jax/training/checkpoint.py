@@ -16,7 +16,7 @@ from hawk_jax import config as cfg
 from hawk_jax.config import HawkConfig, HawkError
 from hawk_jax.models import build
 from hawk_jax.training import freeze
-from hawk_jax.training.frozen import load_frozen
+from hawk_jax.training.frozen import device_checksum, load_frozen
 from hawk_jax.training.state import TrainState, abstract_state
 
 FORMAT = 2          # 2: knows the hashes of its data
@@ -159,6 +159,7 @@ class Checkpoints:
         if any(c.step == step for c in self._orbax.checkpoints):
             return
         metadata = {"format": FORMAT, "config": cfg.to_dict(self.config), "frozen_hash": frozen_hash, "data": self._data,
+                    "checksums": {"state": int(device_checksum(state._asdict())), "params": int(device_checksum(state.params))},
                     "digests": {part: cfg.digest(getattr(self.config, part)) for part in PARTS}}
         metrics = {"loss": loss} if loss is not None and math.isfinite(loss) else None
         with self._writing():
@@ -182,10 +183,12 @@ class Checkpoints:
                                   "run the same command again: it goes on from the last whole checkpoint") from error
 
     def metadata(self, step: int) -> dict:
-        """{"format", "config", "frozen_hash", "data", "digests"} of a checkpoint."""
-        saved = self._orbax.checkpointables_metadata(step)
+        """{"format", "config", "frozen_hash", "data", "checksums", "digests"} of a checkpoint."""
+        with self._reading(step):
+            saved = self._orbax.checkpointables_metadata(step)
         if not saved.custom_metadata or saved.custom_metadata["format"] != FORMAT:
-            raise CheckpointError(f"{self.folder / str(step)} was written by another version of hawk_jax; this one reads format {FORMAT}")
+            raise CheckpointError(f"{self.folder / str(step)} is damaged, or another version of hawk_jax wrote it (this one reads format "
+                                  f"{FORMAT}); delete that folder to go on from the checkpoint before it")
         return saved.custom_metadata
 
     def restore(self, step: int, wanted: TrainState, frozen_hash: str) -> TrainState:
@@ -197,7 +200,10 @@ class Checkpoints:
         check_options(metadata["config"], self.config, where)
         check_frozen(metadata["frozen_hash"], frozen_hash, where)
         check_leaves(self._leaves(step), wanted._asdict(), where)
-        return TrainState(**self._orbax.load_checkpointables(step, {ITEM: wanted._asdict()})[ITEM])
+        with self._reading(step):
+            state = self._orbax.load_checkpointables(step, {ITEM: wanted._asdict()})[ITEM]
+        self._check_bits(step, metadata["checksums"]["state"], state)
+        return TrainState(**state)
 
     def restore_params(self, step: int, wanted: dict, frozen_hash: str) -> dict:
         """Only the trainable parameters of a step; the options of the model must agree, all others may differ."""
@@ -207,10 +213,38 @@ class Checkpoints:
         leaves = self._leaves(step)
         check_leaves(leaves["params"], wanted, where)
         holes = jax.tree.map(lambda _: ocp.PLACEHOLDER, leaves) | {"params": wanted}
-        return self._orbax.load_checkpointables(step, {ITEM: holes})[ITEM]["params"]
+        with self._reading(step):
+            params = self._orbax.load_checkpointables(step, {ITEM: holes})[ITEM]["params"]
+        self._check_bits(step, metadata["checksums"]["params"], params)
+        return params
 
     def _leaves(self, step: int) -> dict:
-        return self._orbax.checkpointables_metadata(step).metadata[ITEM]
+        with self._reading(step):
+            leaves = self._orbax.checkpointables_metadata(step).metadata[ITEM]
+        if not leaves:
+            raise self._damaged(step, "its list of arrays is missing")
+        return leaves
+
+    def _check_bits(self, step: int, saved: int, tree: dict) -> None:
+        """Orbax notices a file that was cut off, not every bit that flipped."""
+        if int(device_checksum(tree)) != saved:
+            raise self._damaged(step, "its bits are not those that were saved")
+
+    def _damaged(self, step: int, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder / str(step)} is damaged ({reason}); delete that folder to go on from the checkpoint "
+                               "before it")
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        """Whatever Orbax raises on damaged files, and its threads log, as one line."""
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        except Exception as error:      # ValueError, RuntimeError, KeyError, FileNotFoundError, ...: it has no error of its own
+            raise self._damaged(step, (str(error).splitlines() or [type(error).__name__])[0][:160]) from error
+        finally:
+            logging.disable(before)
 
 
 # ------------------------------------------------------------------------------------------------ a finished run's weights
