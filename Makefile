@@ -4,7 +4,7 @@ VENV        ?= .venv
 TORCH_INDEX ?=
 CONFIG      ?= configs/demo.py
 PY          := $(VENV)/bin/python
-# Large temporary buffers in huge pages: a training step on a CPU spent a third of its time on page faults (glibc 2.35 and later).
+# Large temporary buffers in huge pages: otherwise a training step on a CPU spends much of its time on page faults (glibc 2.35 and later).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help demo test lint bench tensorboard clean

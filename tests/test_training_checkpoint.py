@@ -140,6 +140,13 @@ def _remove(folder: Path) -> None:
         file.unlink()
 
 
+def test_another_format_is_not_called_damaged(saved, monkeypatch):
+    monkeypatch.setattr("hawk_jax.training.checkpoint.FORMAT", 99)
+    with pytest.raises(CheckpointError, match="has format 3, this version of hawk_jax reads 99; read it with") as e:
+        restore(saved, 7)
+    assert "delete" not in str(e.value)
+
+
 @pytest.mark.parametrize("damage", [_cut, _remove])
 def test_damaged_files_are_one_line_that_names_the_step(state, tmp_path, damage):
     config = toy_config(tmp_path)

@@ -19,7 +19,7 @@ from hawk_jax.training import freeze
 from hawk_jax.training.frozen import device_checksum, load_frozen
 from hawk_jax.training.state import TrainState, abstract_state
 
-FORMAT = 2          # 2: knows the hashes of its data
+FORMAT = 3          # 2: knows the hashes of its data; 3: and a checksum of its bits
 ITEM = "state"
 PARTS = ("input", "model", "loss", "optim", "run")      # of the configuration; the data set's own digest covers `prepare`
 MAY_CHANGE = (      # between a run and its continuation: where things lie, how much is done, how the work is cut up
@@ -186,9 +186,11 @@ class Checkpoints:
         """{"format", "config", "frozen_hash", "data", "checksums", "digests"} of a checkpoint."""
         with self._reading(step):
             saved = self._orbax.checkpointables_metadata(step)
-        if not saved.custom_metadata or saved.custom_metadata["format"] != FORMAT:
-            raise CheckpointError(f"{self.folder / str(step)} is damaged, or another version of hawk_jax wrote it (this one reads format "
-                                  f"{FORMAT}); delete that folder to go on from the checkpoint before it")
+        if not saved.custom_metadata:
+            raise self._damaged(step, "its metadata are missing")
+        if saved.custom_metadata["format"] != FORMAT:       # whole, perhaps: no reason to delete it
+            raise CheckpointError(f"{self.folder / str(step)} has format {saved.custom_metadata['format']}, this version of hawk_jax reads "
+                                  f"{FORMAT}; read it with the version that wrote it, or train in another run.folder")
         return saved.custom_metadata
 
     def restore(self, step: int, wanted: TrainState, frozen_hash: str) -> TrainState:
