@@ -96,13 +96,24 @@ class InputConfig:
 @dataclass(frozen=True)
 class VitConfig:
     """EVA ViT-g by default."""
-    image_size: int = 224               # pixels
+    image_size: int = 224               # pixels; height, and width unless image_width is given
+    image_width: int | None = None      # pixels; None: square pictures, as every released checkpoint has
     patch_size: int = 14                # pixels
     width: int = 1408
     depth: int = 39                     # the file has 40 blocks; the last is never used
     heads: int = 16
     mlp: int = 6144
     eps: float = 1e-6                   # of the block norms; ln_vision has 1e-5
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.image_size, self.image_size if self.image_width is None else self.image_width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.picture[0] // self.patch_size, self.picture[1] // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -125,10 +136,16 @@ class LlamaConfig:
     width: int = 4096
     depth: int = 32
     heads: int = 32
+    kv_heads: int | None = None         # key-value heads of grouped-query attention (LLaMA-2-70B: 8); None: as many as heads
     mlp: int = 11_008
     eps: float = 1e-5                   # 1e-6 in some uploads: taken from the checkpoint's config.json on import
     rope_theta: float = 10_000.0
     max_positions: int = 4096           # longest row or dialogue in tokens
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ class ModelConfig:
     video_qformer: QFormerConfig = QFormerConfig(depth=2, cross_attention_freq=1, dropout=0.1)
     llama: LlamaConfig = LlamaConfig()
     frame_positions: int = 32           # length of the learned frame position table; prepare.frames may not exceed it
-    compress: int = 16                  # width of the consistency space is llama.width // compress
+    compress: int = 16                  # width of the consistency space is llama.width // compress, rounded down as in the released code
     vit_copies: Literal[1, 2] = 1       # G of the ViT: 1 = both branches in one batch (same weights, frozen)
     qformer_copies: Literal[1, 2] = 1   # G of ln_vision, image Q-Former and image queries; released(): 2, the motion copy is other weights
     train_query_tokens_motion: bool = False   # released code leaves them trainable by a naming slip
@@ -263,14 +280,17 @@ def _check_model(m: ModelConfig) -> list[str]:
     for name, part in (("vit", m.vit), ("image_qformer", m.image_qformer), ("video_qformer", m.video_qformer), ("llama", m.llama)):
         if part.width % part.heads:
             faults.append(f"model.{name}.width={part.width} is not a multiple of model.{name}.heads={part.heads}")
-    if m.vit.image_size % m.vit.patch_size:
-        faults.append(f"model.vit.image_size={m.vit.image_size} is not a multiple of model.vit.patch_size={m.vit.patch_size}")
+    for name, side in zip(("image_size", "image_width"), m.vit.picture):
+        if side < 1 or side % m.vit.patch_size:
+            faults.append(f"model.vit.{name}={side} is not a positive multiple of model.vit.patch_size={m.vit.patch_size}")
+    if m.llama.groups < 1 or m.llama.heads % m.llama.groups:
+        faults.append(f"model.llama.heads={m.llama.heads} is not a multiple of model.llama.kv_heads={m.llama.kv_heads}")
     if (m.llama.width // m.llama.heads) % 2:
         faults.append("model.llama: the head width (width // heads) must be even for rotary embeddings")
     if m.image_qformer.width != m.video_qformer.width:
         faults.append("model.video_qformer.width must equal model.image_qformer.width: frame positions are added to image queries")
-    if m.llama.width % m.compress:
-        faults.append(f"model.llama.width={m.llama.width} is not a multiple of model.compress={m.compress}")
+    if m.compressed < 1:
+        faults.append(f"model.compress={m.compress} leaves no width of model.llama.width={m.llama.width} for the consistency space")
     if m.vit_copies == 2 and m.qformer_copies == 1:
         faults.append("model.vit_copies=2 needs model.qformer_copies=2")
     if m.train_query_tokens_motion and m.qformer_copies == 1:

@@ -28,7 +28,7 @@ def test_crops_of_the_released_code(shared, kind):
     frames_NHWC = jnp.asarray(inputs[kind].transpose(1, 2, 3, 0))
     for number, crop in enumerate(info["crops_top_left_height_width"]):
         crop_N4 = jnp.tile(window(crop, 40), (2, 1))
-        resized = np.asarray(pictures.crop_resize(frames_NHWC, crop_N4, 28, False)).transpose(3, 0, 1, 2)
+        resized = np.asarray(pictures.crop_resize(frames_NHWC, crop_N4, (28, 28), False)).transpose(3, 0, 1, 2)
         expected = outputs[f"{kind}_crop{number}_resized"]
         np.testing.assert_allclose(resized, expected, atol=2.5e-3, rtol=0)
         final = np.asarray(pictures.prepare(frames_NHWC, crop_N4, SMALL)).transpose(3, 0, 1, 2) * 255

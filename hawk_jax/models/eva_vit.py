@@ -60,7 +60,7 @@ class EvaVit(nnx.Module):
     """pictures_NHWC -> tokens_NPM; the class token is the first."""
 
     def __init__(self, declare: Declare, c: VitConfig):
-        count = (c.image_size // c.patch_size) ** 2 + 1
+        count = c.grid[0] * c.grid[1] + 1
         fan_in = declare.scheme == "fan_in"
         self.patch_embed = Linear(declare, 3 * c.patch_size**2, c.width, ("pixels", "embed"))
         self.cls_token = declare.param((c.width,), ("norm",), Init("normal", 0.02))

@@ -35,16 +35,18 @@ def causal_mask(segment_RS):
 
 class LlamaAttention(nnx.Module):
     def __init__(self, declare: Declare, c: LlamaConfig):
+        shared = c.groups * (c.width // c.heads)
         self.query = Linear(declare, c.width, c.width, ("embed", "heads"), bias=False)
-        self.key = Linear(declare, c.width, c.width, ("embed", "heads"), bias=False)
-        self.value = Linear(declare, c.width, c.width, ("embed", "heads"), bias=False)
+        self.key = Linear(declare, c.width, shared, ("embed", "heads"), bias=False)
+        self.value = Linear(declare, c.width, shared, ("embed", "heads"), bias=False)
         self.output = Linear(declare, c.width, c.width, ("heads", "embed"), bias=False,
                              init=declare.kernel_init(c.width, RESIDUAL_GAIN))
-        self.heads = c.heads
+        self.heads, self.groups = c.heads, c.groups
 
     def qkv(self, x_RSD, turn):
-        """Rotated queries and keys, and values, [R, S, A, K] each."""
-        q, k, v = (split_heads(f(x_RSD), self.heads) for f in (self.query, self.key, self.value))
+        """Rotated queries and keys, and values, [R, S, A, K] each; A of keys and values is `kv_heads`."""
+        q = split_heads(self.query(x_RSD), self.heads)
+        k, v = (split_heads(f(x_RSD), self.groups) for f in (self.key, self.value))
         return rotate(q, turn), rotate(k, turn), v
 
 
@@ -103,9 +105,9 @@ class Llama(nnx.Module):
 
     # ------------------------------------------------------------------------------------------ decoding with a cache
     def init_cache(self, rows: int, slots: int, dtype=None) -> dict:
-        """Empty keys and values [L, R, U, A, K] for `slots` tokens of each row."""
+        """Empty keys and values [L, R, U, A, K] for `slots` tokens of each row; A is `kv_heads`."""
         c = self.config
-        shape = (c.depth, rows, slots, c.heads, c.width // c.heads)
+        shape = (c.depth, rows, slots, c.groups, c.width // c.heads)
         return {name: constrain(jnp.zeros(shape, dtype or self.dtype), None, "batch", None, "heads") for name in ("k_LRUAK", "v_LRUAK")}
 
     def extend(self, x_RSD, position_RS, mask_RSU, slot, cache):

@@ -39,12 +39,12 @@ def resize_weights(start, length, size: int, out: int, antialias: bool):
     return jnp.einsum("oj,ojx->ox", weights, (at[:, :, None] == pixel).astype(jnp.float32))
 
 
-def crop_resize(frames_NHWC, crop_N4, out: int, antialias: bool):
-    """Windows crop_N4 (top, left, height, width as fractions of the picture) of f32 pictures -> [N, out, out, C], not clipped."""
+def crop_resize(frames_NHWC, crop_N4, out: tuple[int, int], antialias: bool):
+    """Windows crop_N4 (top, left, height, width as fractions) of f32 pictures -> [N, *out, C], not clipped; out = (height, width)."""
     n, height, width, _ = frames_NHWC.shape
     window_N4 = jnp.round(crop_N4 * jnp.array([height, width, height, width], jnp.float32))     # windows are whole pixels
-    down = jax.vmap(lambda w: resize_weights(w[0], w[2], height, out, antialias))(window_N4)    # [N, out, H]
-    along = jax.vmap(lambda w: resize_weights(w[1], w[3], width, out, antialias))(window_N4)
+    down = jax.vmap(lambda w: resize_weights(w[0], w[2], height, out[0], antialias))(window_N4)     # [N, out height, H]
+    along = jax.vmap(lambda w: resize_weights(w[1], w[3], width, out[1], antialias))(window_N4)
     exact = jax.lax.Precision.HIGHEST       # a TF32 product is off by up to a grey level; this is < 0.1 % of the ViT's work
     rows = jnp.einsum("Nyh,NhwC->NywC", down, frames_NHWC, precision=exact)
     return jnp.einsum("Nxw,NywC->NyxC", along, rows, precision=exact)
@@ -63,11 +63,11 @@ def finish(pictures_NHWC, config: ModelConfig):
 
 
 def prepare(frames_NHWC, crop_N4, config: ModelConfig, mask_NHW=None):
-    """u8 pictures, their windows and (motion branch) u8 masks 0..255 -> f32 pictures of vit.image_size."""
+    """u8 pictures, their windows and (motion branch) u8 masks 0..255 -> f32 pictures of vit.picture."""
     x_NHWC = frames_NHWC.astype(jnp.float32)
     if mask_NHW is not None:
         x_NHWC = x_NHWC * (mask_NHW.astype(jnp.float32) / 255.0)[..., None]
-    return finish(crop_resize(x_NHWC, crop_N4, config.vit.image_size, config.antialias), config)
+    return finish(crop_resize(x_NHWC, crop_N4, config.vit.picture, config.antialias), config)
 
 
 def flat_inputs(batch) -> dict:
