@@ -218,6 +218,8 @@ class MeshConfig:
 @dataclass(frozen=True)
 class GenerateConfig:
     max_new_tokens: int = 300
+    beams: int = 1                      # 1: greedy; more: beam search as transformers' generate (num_beams)
+    length_penalty: float = 1.0         # exponent of the length by which a beam's log-probability is divided
     clips: int = 16                     # clips per generation batch
     questions: int = 2                  # question-answer pairs per clip asked in evaluation
     samples: int = 18                   # clips shown in the report
@@ -309,6 +311,7 @@ def _check_counts(c: "HawkConfig") -> list[str]:
                "loss.chunk_tokens": c.loss.chunk_tokens, "optim.accumulation": c.optim.accumulation, "world.fps": c.world.fps,
                "prepare.size": c.prepare.size, "prepare.max_frames": c.prepare.max_frames, "prepare.max_pixels": c.prepare.max_pixels,
                "generate.clips": c.generate.clips, "generate.max_new_tokens": c.generate.max_new_tokens,
+               "generate.beams": c.generate.beams,
                "run.checkpoint_every": r.checkpoint_every, "run.keep_checkpoints": r.keep_checkpoints, "run.log_every": r.log_every,
                "run.validation_batches": r.validation_batches}
     return [f"{name}={count}: must be at least 1" for name, count in counts.items() if count < 1]

@@ -1,4 +1,4 @@
-"""Cached greedy decoding against transformers' own greedy ids and against decoding without a cache."""
+"""Cached decoding, greedy and with beams, against transformers' own greedy ids and against decoding without a cache."""
 import dataclasses
 
 import jax
@@ -10,9 +10,10 @@ from golden_weights import LLAMA, TINY, golden
 
 from data.rows import KEYS, generation_prompt
 from data.text import EOS, Tokenizer
-from hawk_jax.config import GenerateConfig, HawkConfig, HawkError, InputConfig, MeshConfig
+from hawk_jax.config import GenerateConfig, HawkConfig, HawkError, InputConfig, LlamaConfig, MeshConfig
 from hawk_jax.convert.keys import from_torch
-from hawk_jax.inference.generate import Generator, greedy
+from hawk_jax.inference.decode import Prompts, beam_ids
+from hawk_jax.inference.generate import Generator, generate_ids
 from hawk_jax.mesh import make_mesh
 from hawk_jax.models import build
 
@@ -75,16 +76,47 @@ def test_greedy_ids_of_transformers(shared):
     params = zeros | llama
     prompt = row([], 18)
     prompt["slot"] = np.arange(19, dtype=np.int32)
-    expected = outputs["greedy_ids_raw"][0, 1:].tolist()
-    ids = greedy(params, inputs["inputs_embeds"][:1], arrays([prompt], [0], 32), LLAMA, len(expected), (-1,))
-    assert ids[0].tolist() == expected
+    for name, beams in (("greedy_ids_raw", 1), ("beam3_ids_raw", 3)):
+        expected = outputs[name][0, 1:].tolist()
+        ids = generate_ids(params, inputs["inputs_embeds"][:1], arrays([prompt], [0], 32), LLAMA, len(expected), (), beams)
+        assert ids[0].tolist() == expected, name
+
+
+@pytest.mark.parametrize("beams,penalty,stops", [(2, 1.0, (5,)), (4, 1.0, (5, 9, 30)), (3, -1.0, (5, 9)), (3, 2.0, (5,))])
+def test_beams_that_end_are_those_of_transformers(beams, penalty, stops):
+    """Random decoders whose end tokens are likely: hypotheses of different lengths compete.  Ids of its `generate`, row by row, against
+    ours for all rows at once, with grouped-query heads besides."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, initializer_range=0.3, rms_norm_eps=1e-5)).eval()
+    with torch.no_grad():
+        theirs.lm_head.weight[list(stops)] *= 3
+    decoder = LlamaConfig(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, eps=1e-5, max_positions=64)
+    model = dataclasses.replace(TINY, llama=decoder)
+    weights = {f"llama_model.{k}": v.numpy() for k, v in theirs.state_dict().items()}
+    params = build.abstract_params(model) | from_torch(weights, model, parts=("llama",))
+    lengths, x_RSD = [7, 11, 5], np.random.default_rng(beams).normal(size=(3, 11, 32)).astype(np.float32)
+
+    @jax.jit
+    def ours(llama, x_RSD):
+        prompts = Prompts(x_RSD, jnp.arange(11)[None] < jnp.array(lengths)[:, None], jnp.array(lengths))
+        return beam_ids(build.bind(model, params | {"llama": llama}).llama, prompts, 12, beams, stops, penalty)
+    ids_RN, ended = np.asarray(ours(params["llama"], x_RSD)), []
+    for x_SD, length, ids in zip(x_RSD, lengths, ids_RN):
+        expected = theirs.generate(inputs_embeds=torch.from_numpy(x_SD[None, :length]), num_beams=beams, max_new_tokens=12, do_sample=False,
+                                   length_penalty=penalty, eos_token_id=list(stops), pad_token_id=0)[0].tolist()
+        assert ids[:len(expected)].tolist() == expected and not ids[len(expected):].any()
+        ended.append(expected[-1] in stops)
+    assert any(ended), "nothing ended early: the test would show nothing"
 
 
 def test_equal_to_decoding_without_a_cache(tiny):
     """Prompts of different lengths about two clips in one batch; ids must be equal, each computed alone without padding."""
     visual_BQD = 3 * jax.random.normal(jax.random.key(1), (2, 2 * QUERIES, TINY.llama.width))
     prompts, clips = [row([7, 8, 9], 16), row([40] * 11, 16), row([], 8), row([7, 8, 9], 16)], [0, 1, 1, 1]
-    ids = np.asarray(greedy(tiny, visual_BQD, arrays(prompts, clips, 32), TINY, 9))
+    ids = np.asarray(generate_ids(tiny, visual_BQD, arrays(prompts, clips, 32), TINY, 9))
     alone = [without_cache(tiny, visual_BQD[c], p, 9) for p, c in zip(prompts, clips)]
     assert [r[:len(a)].tolist() for r, a in zip(ids, alone)] == alone
     assert alone[0] != alone[3], "the same prompt about another clip must be able to differ"
@@ -94,10 +126,10 @@ def test_equal_to_decoding_without_a_cache(tiny):
 def test_a_row_ends_at_its_stop_id_and_the_others_go_on(tiny):
     visual_BQD = 3 * jax.random.normal(jax.random.key(1), (2, 2 * QUERIES, TINY.llama.width))
     batch = arrays([row([7, 8, 9], 16), row([40] * 11, 16)], [0, 1], 32)
-    free = np.asarray(greedy(tiny, visual_BQD, batch, TINY, 8, (-1,)))
+    free = np.asarray(generate_ids(tiny, visual_BQD, batch, TINY, 8, (-1,)))
     stop = int(free[0, 2])
     assert stop not in free[1, :-1]
-    ids = np.asarray(greedy(tiny, visual_BQD, batch, TINY, 8, (stop,)))
+    ids = np.asarray(generate_ids(tiny, visual_BQD, batch, TINY, 8, (stop,)))
     assert ids[0, :3].tolist() == free[0, :3].tolist() and not ids[0, 3:].any()
     assert ids[1].tolist() == free[1].tolist()
 

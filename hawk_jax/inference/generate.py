@@ -1,8 +1,6 @@
-"""Greedy generation: clips are encoded once, then any number of prompts about them are answered together.
+"""Generation: clips are encoded once, then any number of prompts about them are answered together, greedily or with beams.
 
-One jitted program per (rows, prompt bucket): prefill of right-padded prompts into a key-value cache, then one token per row and turn
-until every row has ended.  Padding stays in the cache, unseen; a row's positions go on from its own prompt's length, so a prompt gets
-the same answer whatever it is batched with (tested against decoding without a cache).
+One jitted program per (rows, prompt bucket); inference/decode.py says how tokens are chosen.
 """
 import contextlib
 import functools
@@ -15,6 +13,7 @@ import numpy as np
 from data.rows import Row, pad_row
 from data.text import EOS, Tokenizer
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig
+from hawk_jax.inference.decode import Prompts, beam_ids, greedy_ids
 from hawk_jax.mesh import batch_sharding, use
 from hawk_jax.models.build import bind
 
@@ -28,43 +27,32 @@ def encode_clips(params, batch, config: ModelConfig):
     return model.branch_tokens(*model.image_tokens(batch))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new_tokens"))
-def greedy(params, visual_BQD, prompts, config: ModelConfig, new_tokens: int, stop_ids=(EOS,)):
-    """The likeliest token again and again.
+@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "stop_ids", "beams", "length_penalty"))
+def generate_ids(params, visual_BQD, prompts, config: ModelConfig, new_tokens: int, stop_ids: tuple[int, ...] = (EOS,), beams: int = 1,
+                 length_penalty: float = 1.0):
+    """Answers to prompts about clips: greedy for one beam, else beam search (inference/decode.py).
 
     prompts: tokens_RS, slot_RS, segment_RS i32 right-padded (segment 0: padding or not to be seen), length_R i32, clip_R i32 (row of
     visual_BQD).  Returns ids_RN i32, N = new_tokens: what was generated up to and with a stop id, then zeros.
     """
     model = bind(config, params)
+    embedded = embed_prompts(model, visual_BQD, prompts)
+    if beams == 1:
+        return greedy_ids(model.llama, embedded, new_tokens, stop_ids)
+    return beam_ids(model.llama, embedded, new_tokens, beams, stop_ids, length_penalty)
+
+
+def embed_prompts(model, visual_BQD, prompts) -> Prompts:
+    """Embeddings of prompts (`generate_ids`) with the visual tokens of their clips spliced in."""
     rows, width = prompts["tokens_RS"].shape
     # one copy of the visual tokens per row: rows of several questions about one clip then need not lie on its data shard
     batch = prompts | {"clip_RS": jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, width))}
     x_RSD = model.embed_rows(batch, jnp.take(visual_BQD, prompts["clip_R"], axis=0))
-    seen_RS = prompts["segment_RS"] > 0
-    position_RS = jnp.broadcast_to(jnp.arange(width), (rows, width))
-    h_RSD, cache = model.llama.prefill(x_RSD, seen_RS, position_RS, model.llama.init_cache(rows, width + new_tokens))
-    last_RD = jnp.take_along_axis(h_RSD, prompts["length_R"][:, None, None] - 1, axis=1)[:, 0]
-    slot_U = jnp.arange(width + new_tokens)
-    seen_RU = jnp.pad(seen_RS, ((0, 0), (0, new_tokens)))
-
-    def going_on(state):
-        turn, _, ended_R, _, _ = state
-        return (turn < new_tokens) & ~jnp.all(ended_R)
-
-    def one_token(state):
-        turn, h_RD, ended_R, ids_RN, cache = state
-        token_R = jnp.where(ended_R, 0, jnp.argmax(model.llama.logits(h_RD), axis=-1).astype(jnp.int32))
-        ids_RN = ids_RN.at[:, turn].set(token_R)
-        ended_R = ended_R | jnp.isin(token_R, jnp.asarray(stop_ids))
-        valid_RU = seen_RU | ((slot_U >= width) & (slot_U < width + turn))
-        h_RD, cache = model.llama.step(model.llama.embed(token_R), prompts["length_R"] + turn, valid_RU, width + turn, cache)
-        return turn + 1, h_RD, ended_R, ids_RN, cache
-    start = (0, last_RD, prompts["length_R"] == 0, jnp.zeros((rows, new_tokens), jnp.int32), cache)
-    return jax.lax.while_loop(going_on, one_token, start)[3]
+    return Prompts(x_RSD, prompts["segment_RS"] > 0, prompts["length_R"])
 
 
 def _padded(prompts: Sequence[Row], clips: Sequence[int], rows: int, width: int) -> dict[str, np.ndarray]:
-    """Prompts as the arrays of `greedy`; rows beyond them are empty prompts (length 0), which end before they begin."""
+    """Prompts as the arrays of `generate_ids`; rows beyond them are empty prompts (length 0), which end before they begin."""
     empty: Row = {key: value[:0] for key, value in prompts[0].items()}
     padded = [pad_row(row, width) for row in [*prompts, *[empty] * (rows - len(prompts))]]
     lengths = [len(row["tokens"]) for row in prompts]
@@ -76,7 +64,7 @@ def _padded(prompts: Sequence[Row], clips: Sequence[int], rows: int, width: int)
 class Generator:
     """Answers prompts about clips with one set of parameters.
 
-    config.generate: max_new_tokens and clips; params: the whole parameter tree; mesh: where it lies (None: one device).
+    config.generate: max_new_tokens, beams, length_penalty; params: the whole parameter tree; mesh: where it lies (None: one device).
     """
 
     def __init__(self, config: HawkConfig, params: dict, tokenizer: Tokenizer, mesh=None):
@@ -104,7 +92,8 @@ class Generator:
         """
         rows, texts = rows or len(prompts), []
         width = -(-max(width, *(len(p["tokens"]) for p in prompts)) // BUCKET) * BUCKET
-        new_tokens = min(self.config.generate.max_new_tokens, self.config.model.llama.max_positions - width)
+        chosen = self.config.generate
+        new_tokens = min(chosen.max_new_tokens, self.config.model.llama.max_positions - width)
         if new_tokens < 1:
             raise HawkError(f"a prompt of {width} tokens leaves no room for an answer: model.llama.max_positions="
                             f"{self.config.model.llama.max_positions}")
@@ -112,7 +101,8 @@ class Generator:
             group = slice(first, first + rows)
             arrays = _padded(prompts[group], clips[group], rows, width)
             with self._on_mesh():
-                ids_RN = greedy(self.params, visual_BQD, arrays, self.config.model, new_tokens, self.stop_ids)
+                ids_RN = generate_ids(self.params, visual_BQD, arrays, self.config.model, new_tokens, self.stop_ids, chosen.beams,
+                                      chosen.length_penalty)
             texts += [self._text(ids) for ids in np.asarray(ids_RN)[:len(prompts[group])]]
         return texts
 
