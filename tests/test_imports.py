@@ -26,9 +26,14 @@ def layer_of(name: str) -> int | None:
     return next((i for i, prefixes in enumerate(ORDER) for p in prefixes if name == p or name.startswith(p + ".")), None)
 
 
+COPIED = ROOT / "hawk_jax/convert/huggingface"      # stands alone in exported folders; not part of the program
+
+
 def modules():
     for folder in ("hawk_jax", "data", "launch", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.is_relative_to(COPIED):
+                continue
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             yield name, path, ast.parse(path.read_text())
 
@@ -101,3 +106,21 @@ def test_nnx_is_used_narrowly_and_make_mesh_in_one_place():
 def test_no_pickle():
     for name, _, tree in modules():
         assert not any(other.split(".")[0] in ("pickle", "dill", "cloudpickle") for other, _ in imported(tree)), name
+
+
+def test_what_exported_folders_carry_stands_alone():
+    files = sorted(COPIED.glob("*.py"))
+    assert [f.name for f in files] == ["modeling_hawk.py", "processing_hawk.py", "videos_hawk.py", "vision_hawk.py"]
+    for file in files:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        found |= {"." * n.level + (n.module or "") for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert not any(name.split(".")[0] in ("hawk_jax", "data", "pickle", "jax") for name in found), found
+
+
+def test_only_what_is_for_torch_imports_torch_and_only_when_it_runs():
+    """Neither training nor the demo needs torch."""
+    for name, _, tree in modules():
+        for other, top in imported(tree):
+            if other.split(".")[0] in ("torch", "transformers"):
+                assert not top and (name.startswith("hawk_jax.convert.") or name.startswith("benchmarks")), f"{name} imports {other}"

@@ -124,6 +124,11 @@ class Checkpoints:
         return self._orbax.latest.step if self._orbax.latest else None
 
     @property
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, ascending."""
+        return sorted(c.step for c in self._orbax.checkpoints)
+
+    @property
     def best(self) -> int | None:
         """Step with the lowest validation loss; the newest where none was validated."""
         losses = self._losses()
@@ -254,14 +259,17 @@ def initial_params(config: HawkConfig, mesh, frozen_hash: str) -> dict | None:
     """Best trainable parameters of run.init_from, None without one."""
     if not config.run.init_from:
         return None
-    return _best_params(config, config.run.init_from, mesh, frozen_hash)
+    return _trained_params(config, config.run.init_from, mesh, frozen_hash)
 
 
-def _best_params(config: HawkConfig, folder: str, mesh, frozen_hash: str) -> dict:
+def _trained_params(config: HawkConfig, folder: str, mesh, frozen_hash: str, step: int | None = None) -> dict:
     with Checkpoints(config, Path(folder), writing=False) as checkpoints:
         if checkpoints.best is None:
             raise CheckpointError(f"{folder} has no checkpoint yet")
-        return checkpoints.restore_params(checkpoints.best, abstract_state(config, mesh).params, frozen_hash)
+        if step is not None and step not in checkpoints.steps:
+            raise CheckpointError(f"{folder} has no checkpoint of step {step}; there is: {', '.join(map(str, checkpoints.steps))}")
+        wanted = abstract_state(config, mesh).params
+        return checkpoints.restore_params(checkpoints.best if step is None else step, wanted, frozen_hash)
 
 
 def read_frozen(config: HawkConfig, mesh) -> tuple[dict, str]:
@@ -273,7 +281,10 @@ def read_frozen(config: HawkConfig, mesh) -> tuple[dict, str]:
     return load_frozen(Path(config.run.frozen), abstract, shardings)
 
 
-def load_trained(config: HawkConfig, mesh) -> dict:
-    """The whole parameter tree of a run: the best trainables of run.folder (the newest if none was validated) and the frozen tree."""
+def load_trained(config: HawkConfig, mesh, step: int | None = None) -> dict:
+    """The whole parameter tree of a run: trainables of run.folder and the frozen tree.
+
+    step: which checkpoint; None = the best (the newest if none was validated).
+    """
     frozen, frozen_hash = read_frozen(config, mesh)
-    return freeze.join(_best_params(config, config.run.folder, mesh, frozen_hash), frozen)
+    return freeze.join(_trained_params(config, config.run.folder, mesh, frozen_hash, step), frozen)
