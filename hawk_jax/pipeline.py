@@ -81,12 +81,12 @@ def _write_json(path: Path, value) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ one run's weights
-def load_params(c: HawkConfig):
-    """(params, mesh) of a run: its best trainables joined with the frozen tree they were trained on."""
+def load_params(c: HawkConfig, step: int | None = None):
+    """(params, mesh) of a run: its trainables (of one step; None: the best) joined with the frozen tree they were trained on."""
     from hawk_jax.mesh import make_mesh
     from hawk_jax.training.checkpoint import load_trained
     mesh = make_mesh(c.mesh)
-    return load_trained(c, mesh), mesh
+    return load_trained(c, mesh, step), mesh
 
 
 def evaluate_run(c: HawkConfig, split: str, labels: Path | None, out: Path) -> dict:
@@ -98,11 +98,11 @@ def evaluate_run(c: HawkConfig, split: str, labels: Path | None, out: Path) -> d
     return evaluate(c, params, live, split, out, labels=labels, mesh=mesh)
 
 
-def export_run(c: HawkConfig, out: Path) -> str:
-    """Writes safetensors files with the authors' key names; returns a line that says what was written."""
+def export_run(c: HawkConfig, out: Path, pth: str = "released", step: int | None = None) -> str:
+    """Writes and proves a folder for PyTorch; returns lines that say what was written."""
     from hawk_jax.convert.export import export
-    params, _ = load_params(c)
-    return export(params, c, out)
+    params, mesh = load_params(c, step)
+    return export(params, c, out, mesh=mesh, pth=pth)
 
 
 # ------------------------------------------------------------------------------------------------ the demo

@@ -1,91 +1,169 @@
-"""A run's weights for PyTorch: safetensors files with the authors' key names, and the decoder as a folder `transformers` opens.
+"""A run's weights for PyTorch: a Hugging Face folder that answers from a video file, and the authors' own .pth file.
 
-  OUT/hawk_trainable.safetensors   what training changed: the names of a released HAWK checkpoint
-  OUT/encoder.safetensors          ViT, ln_vision, image Q-Former and queries of both branches (the same values twice where one copy
-                                   serves both, so that the authors' model loads strictly)
-  OUT/llama/                       the decoder in Hugging Face layout: names without `llama_model.`, config.json, tokenizer
-  OUT/hawk_config.json             the resolved configuration of the run
-  OUT/manifest.json                files with size, sha256 and number of tensors; versions of this table
-Buffers (position_ids, inv_freq) are not written: PyTorch modules make them.
+  OUT/config.json, model*.safetensors   encoder and branches under the authors' names; what serves both branches is there once
+  OUT/llama/                            the decoder alone, in the names, files and settings of `LlamaForCausalLM`
+  OUT/*_hawk.py, preprocessor_config.json, tokenizer.model, README.md      model and processor in plain PyTorch: convert/hf_folder.py
+  OUT/hawk.pth                          {"model": 165 tensors} as the authors' code saves and loads them (`pth="full"`: all of them)
+  OUT/hawk_config.json, manifest.json   the run's configuration; every file and tensor with its sha256
+  OUT/proof.safetensors, PROOF.json     inputs and what JAX made of them; what a fresh process found when it read the folder again
+Leaves leave their devices one at a time, on any mesh, on one process or several (process 0 writes).  The folder appears whole and proven
+or not at all; one that does not pass is kept as OUT.differs.
 """
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+from tqdm import tqdm
 
-from data.text import BOS, EMBEDDED, EOS, UNK
-from hawk_jax.config import HawkConfig, HawkError, LlamaConfig, digest, from_dict, to_dict
+from hawk_jax.config import HawkConfig, HawkError, ModelConfig, digest, to_dict
 from hawk_jax.convert import torch_files
-from hawk_jax.convert.keys import from_torch, table, to_torch
+from hawk_jax.convert.hf_folder import write_folder
+from hawk_jax.convert.keys import TO_TORCH, Entry, buffers, table, to_torch
+from hawk_jax.convert.lazy import open_safetensors
+from hawk_jax.convert.proof import EXPECTED, PROOF, TORCH_ABSENT, expected_values
+from hawk_jax.convert.pth import write_pth
 from hawk_jax.models.build import abstract_params, flatten
-from hawk_jax.training import freeze
 from hawk_jax.training.frozen import put_in_place
 
-FORMAT = 1
-PREFIX = "llama_model."
+FORMAT = 2              # 1: trainables and encoder in files of their own, no model code
+LLAMA = "llama_model."  # prefix of the decoder's names, which its own folder does without
+Pth = Literal["released", "full", "none"]
 
 
-def llama_config(c: LlamaConfig, dtype: str) -> dict:
-    """config.json of a LLaMA of this size, as transformers writes it."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab, "hidden_size": c.width,
-            "intermediate_size": c.mlp, "num_hidden_layers": c.depth, "num_attention_heads": c.heads, "num_key_value_heads": c.heads,
-            "hidden_act": "silu", "rms_norm_eps": c.eps, "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions,
-            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": BOS, "eos_token_id": EOS,
-            "pad_token_id": UNK, "torch_dtype": dtype}
+class Written(NamedTuple):
+    """One tensor of the folder."""
+    entry: Entry
+    part: str           # "model" or "llama": which files
+    name: str           # in them
 
 
-TOKENIZER_CONFIG = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                    "pad_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-                    "clean_up_tokenization_spaces": False}
+# ------------------------------------------------------------------------------------------------ what goes where
+def plan(config: ModelConfig) -> tuple[dict[tuple, list[Written]], dict[str, str]]:
+    """({path of a leaf: its tensors}, {state-dict name: the name under which its values are written}).
 
-
-def _write_tokenizer(folder: Path, config: HawkConfig) -> list[Path]:
-    """Copies the sentencepiece model, if the run has one, and says how transformers opens it.
-
-    transformers takes every LLaMA tokenizer for BPE and would split texts otherwise with a unigram model (the embedded one): that one
-    comes without settings and is read with sentencepiece.
+    Two names have one set of values where one copy of the encoder serves both branches.
     """
-    source = EMBEDDED if config.input.tokenizer == "embedded" else Path(config.input.tokenizer or "none")
-    if not source.is_file():
-        return []
-    shutil.copyfile(source, folder / "tokenizer.model")
-    model = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())
-    if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        return [folder / "tokenizer.model"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1))
-    return [folder / "tokenizer.model", folder / "tokenizer_config.json"]
+    leaves, first, alias = {}, {}, {}
+    for entry in table(config):
+        place = (entry.path, entry.index)
+        alias[entry.key] = first.setdefault(place, entry.key)
+        if alias[entry.key] == entry.key:
+            part = "llama" if entry.path[0] == "llama" else "model"
+            leaves.setdefault(entry.path, []).append(Written(entry, part, entry.key.removeprefix(LLAMA)))
+    return leaves, alias
 
 
-def _write_llama(folder: Path, tensors: dict, config: HawkConfig) -> dict[Path, int]:
-    """{file: number of tensors}."""
-    folder.mkdir()
-    named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    counts = {file: len(named) if i == 0 else 0 for i, file in enumerate(torch_files.write(folder, "model", named))}
-    (folder / "config.json").write_text(json.dumps(llama_config(config.model.llama, config.model.frozen_dtype), indent=1))
-    return counts | dict.fromkeys([folder / "config.json", *_write_tokenizer(folder, config)], 0)
+def released_names(config: ModelConfig) -> list[str]:
+    """State-dict names that the authors' code saves: what trains there (query_tokens_motion by a naming slip), whatever trains here."""
+    return [e.key for e in table(config) if e.path[0] in ("video", "motion") or e.key == "query_tokens_motion"]
 
 
-def _groups(config: HawkConfig) -> dict[str, str]:
-    """{state-dict name: "trainable", "encoder" or "llama"}: what trains by the freeze rules, else by part of the tree."""
-    return {e.key: "trainable" if freeze.trains(e.path, config.model) else e.path[0] for e in table(config.model)}
+def to_host(leaf) -> np.ndarray:
+    """A whole array in this process's memory.  On several processes all must call it, in the same order."""
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _write_all(folder: Path, params: dict, config: HawkConfig) -> dict[Path, int]:
-    tensors, groups = to_torch(jax.tree.map(np.asarray, params), config.model), _groups(config)
-    parts = {name: {k: v for k, v in tensors.items() if groups[k] == name} for name in ("trainable", "encoder", "llama")}
-    counts = {}
-    for stem, part in (("hawk_trainable", "trainable"), ("encoder", "encoder")):
-        files = torch_files.write(folder, stem, parts[part])
-        counts |= {file: len(parts[part]) if i == 0 else 0 for i, file in enumerate(files)}
-    counts |= _write_llama(folder / "llama", parts["llama"], config)
+# ------------------------------------------------------------------------------------------------ writing
+class _Weights:
+    """model*.safetensors and llama/model*.safetensors of a folder, filled leaf by leaf."""
+
+    def __init__(self, folder: Path, shapes: dict, leaves: dict[tuple, list[Written]], shard_bytes: int):
+        self.leaves, self.parts = leaves, {}
+        for part in ("model", "llama"):
+            specs = {w.name: (shapes[w.entry.key].dtype, shapes[w.entry.key].shape) for ws in leaves.values() for w in ws if w.part == part}
+            (home := folder if part == "model" else folder / part).mkdir(exist_ok=True)
+            self.parts[part] = torch_files.Shards(home, "model", specs, shard_bytes)
+
+    def put(self, path: tuple, leaf: np.ndarray) -> None:
+        for w in self.leaves[path]:
+            tensor = TO_TORCH[w.entry.kind](leaf[w.entry.index])
+            if not np.isfinite(tensor).all():
+                raise HawkError(f"{w.entry.key} ({'/'.join(path)}) holds values that are not finite: such weights are not exported; "
+                                "go back to an earlier checkpoint")
+            self.parts[w.part].put(w.name, tensor)
+
+    def abandon(self) -> None:
+        for part in self.parts.values():
+            part.abandon()
+
+    def close(self) -> dict[str, dict]:
+        for part in self.parts.values():
+            part.close()
+        return {name: dict(part.described) for name, part in self.parts.items()}
+
+
+def _write_weights(folder: Path | None, params: dict, config: ModelConfig, shard_bytes: int) -> dict[str, dict]:
+    """{part: {tensor: description}}; folder None (processes other than the first): takes part in gathering only."""
+    leaves, _ = plan(config)
+    flat, shapes = flatten(params), jax.eval_shape(lambda p: to_torch(p, config), params)
+    weights = failure = None
+    with tqdm(total=sum(leaf.nbytes for leaf in flat.values()), unit="B", unit_scale=True, desc="weights", disable=folder is None) as bar:
+        for path in leaves:
+            host = to_host(flat[path])
+            try:
+                if folder and failure is None:
+                    weights = weights or _Weights(folder, shapes, leaves, shard_bytes)
+                    weights.put(path, host)
+            except (OSError, HawkError) as error:
+                failure = error
+                if jax.process_count() == 1:    # else the others wait for this one at the next leaf
+                    break
+            bar.update(host.nbytes)
+    if failure is not None:
+        if weights:
+            weights.abandon()
+        raise failure
+    return weights.close() if weights else {}
+
+
+def _write_pth(folder: Path, config: ModelConfig, which: Pth, described: dict[str, dict]) -> dict[str, dict]:
+    """Writes hawk.pth from the safetensors files beside it; {tensor: description}."""
+    opened = {part: {} for part in described}
+    for part, home in (("model", folder), ("llama", folder / "llama")):
+        for file in sorted(home.glob("model*.safetensors")):
+            opened[part] |= open_safetensors(file)
+    _, alias = plan(config)
+    names = list(alias) if which == "full" else released_names(config)
+    tensors, found = {}, {}
+    for name in names:
+        part = "llama" if name.startswith(LLAMA) else "model"
+        source = alias[name].removeprefix(LLAMA)
+        tensors[name] = opened[part][source]
+        found[name] = {k: described[part][source][k] for k in ("dtype", "shape", "sha256")}
+    constants = buffers(config)
+    write_pth(folder / "hawk.pth", {"model": tensors | constants})
+    return found | {name: torch_files.describe_array(value) for name, value in constants.items()}
+
+
+def _write_all(folder: Path | None, params: dict, config: HawkConfig, expected: dict, pth: Pth, shard_bytes: int) -> None:
+    described = _write_weights(folder, params, config.model, shard_bytes)
+    if folder is None:
+        return
+    if pth != "none":
+        described["pth"] = _write_pth(folder, config.model, pth, described)
+    save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, folder / EXPECTED)
+    write_folder(folder, config)
     (folder / "hawk_config.json").write_text(json.dumps(to_dict(config), indent=1))
-    return counts | {folder / "hawk_config.json": 0}
+    files = torch_files.describe(folder, (f for f in folder.rglob("*") if f.is_file()))
+    manifest = {"format": FORMAT, "names": "state dict of the authors' PyTorch code", "config_digest": digest(config), "files": files,
+                "tensors": described}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-def _is_export(folder: Path) -> bool:
+# ------------------------------------------------------------------------------------------------ the command
+def is_export(folder: Path) -> bool:
     """Whether a folder holds an export.  A frozen tree has a manifest of the same name, and must not be replaced."""
     try:
         return "files" in json.loads((folder / "manifest.json").read_text())
@@ -93,50 +171,93 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def export(params: dict, config: HawkConfig, out: Path) -> str:
-    """Writes a whole parameter tree to `out`; returns one line that says what was written.
-
-    The folder appears whole or not at all and replaces an earlier export.  Raises HawkError if `out` holds anything else, if the tree
-    is incomplete, or if several processes run: each would hold only its part of the weights.
-    """
-    out = Path(out)
-    if jax.process_count() > 1:
-        raise HawkError("export runs in one process (on all of its devices): start it without a launcher")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not _is_export(out):
-        raise HawkError(f"{out} exists and holds no export; name another folder")
+def _check(params: dict, config: HawkConfig, out: Path) -> None:
+    for folder in (out, differs(out)):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not is_export(folder):
+            raise HawkError(f"{folder} exists and holds no export; name another folder")
     if missing := sorted(flatten(abstract_params(config.model)).keys() - flatten(params).keys()):
         raise HawkError(f"the parameters lack {'/'.join(missing[0])} and {len(missing) - 1} more: an export needs the whole model")
-    new = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    counts = _write_all(new, params, config)
-    files = {str(file.relative_to(new)): {"bytes": file.stat().st_size, "sha256": torch_files.sha256(file), "tensors": count}
-             for file, count in counts.items()}
-    manifest = {"format": FORMAT, "names": "state dict of the authors' PyTorch code", "config_digest": digest(config), "files": files,
-                "tensors": sum(counts.values())}
-    (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    put_in_place(new, out)
-    size = sum(entry["bytes"] for entry in files.values())
-    return f"{manifest['tensors']} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {out}"
 
 
-def read_export(folder: Path) -> tuple[dict, HawkConfig]:
-    """(parameter tree of numpy arrays, configuration) of an export, every file checked against the manifest.
+def differs(out: Path) -> Path:
+    """Where a folder that did not pass its proof is left."""
+    return out.with_name(f"{out.name}.differs")
 
-    Raises HawkError for a missing or newer manifest, a file that is not what it says, and tensors that do not fit the configuration.
-    """
-    folder = Path(folder)
+
+def prove_afresh(folder: Path) -> dict:
+    """PROOF.json of a folder, made by a process that knows nothing of this one; {"verdict": ...} at least."""
+    # the accelerator is this process's; transformers must not go looking in the network or in copies of another folder's code
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    for name in [n for n in environment if n.startswith(("JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS_ID", "SLURM_STEP", "OMPI_"))]:
+        del environment[name]
+    done = subprocess.run([sys.executable, "-m", "hawk_jax.convert.proof", str(folder)], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise HawkError(f"{folder} is not an export (manifest.json: {error})") from error
-    if not {"format", "files"} <= manifest.keys():
-        raise HawkError(f"{folder} is not an export (its manifest.json is of something else)")
-    if manifest["format"] > FORMAT:
-        raise HawkError(f"{folder} was written in format {manifest['format']}, this version reads up to {FORMAT}; update hawk_jax")
-    torch_files.check(folder, manifest["files"])
-    weights = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
-    tensors = torch_files.read(file for file in weights if file.parent == folder)
-    llama = torch_files.read(file for file in weights if file.parent != folder)
-    config = from_dict(HawkConfig, json.loads((folder / "hawk_config.json").read_text()))
-    return from_torch(tensors | {PREFIX + key: value for key, value in llama.items()}, config.model), config
+        return json.loads((folder / PROOF).read_text())
+    except (OSError, ValueError):
+        return {"verdict": "differs", "differences": [f"the proof ended with status {done.returncode}: {done.stdout.strip()[-300:]}"]}
+
+
+def export(params: dict, config: HawkConfig, out: Path, *, mesh=None, pth: Pth = "released",
+           shard_bytes: int = torch_files.SHARD_BYTES) -> str:
+    """Writes a whole parameter tree to `out`, proves what was written, and returns lines that say what that was.
+
+    params: tree of arrays on `mesh` (None: one device, or numpy).  An earlier export in `out` is replaced at the end.  Raises HawkError
+    if `out` holds anything else, the tree is incomplete or not finite, the disk is full, or what was read back differs (the folder is
+    then at OUT.differs).  On several processes every one must call it, and all see the same files.
+    """
+    out, first = Path(out), jax.process_index() == 0
+    _together(lambda: _check(params, config, out), first)
+    expected = expected_values(params, config.model, config.prepare.size, mesh, config.mesh.strategy)
+    new = out.with_name(f".{out.name}.writing")
+    outcome = []
+
+    def work():
+        if first:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        try:
+            _write_all(new if first else None, params, config, expected, pth, shard_bytes)
+            if first:
+                outcome.append(_finish(new, out))
+        except OSError as error:
+            raise HawkError(f"the export could not be written to {out} ({error.strerror or error}); nothing was left there") from error
+        finally:
+            if first:
+                shutil.rmtree(new, ignore_errors=True)
+    _together(work, True)
+    return outcome[0] if first else ""
+
+
+def _together(work, here: bool) -> None:
+    """work() on this process if `here`; raises on every process if it failed on the first one."""
+    failure = None
+    try:
+        if here:
+            work()
+    except HawkError as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))
+        if failed and failure is None:
+            failure = HawkError("the export failed on process 0, which says why")
+    if failure is not None:
+        raise failure
+
+
+def _finish(new: Path, out: Path) -> str:
+    """Proves the folder and puts it in place; what to tell a person."""
+    proof, count = prove_afresh(new), sum(len(part) for part in json.loads((new / "manifest.json").read_text())["tensors"].values())
+    files = [f for f in new.rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files)
+    if proof["verdict"] == "differs":
+        put_in_place(new, differs(out))
+        raise HawkError(f"what was written does not read back equal: {proof['differences'][0]}; the folder is kept as {differs(out)}, see "
+                        f"{PROOF} in it")
+    put_in_place(new, out)
+    if differs(out).exists():
+        shutil.rmtree(differs(out))         # of an earlier attempt
+    lines = [f"{count} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {out}", f"proof: {proof['verdict']}"]
+    if proof["verdict"] == TORCH_ABSENT:
+        lines.append(f"where torch and transformers are installed: python -m hawk_jax prove {out}")
+    return "\n".join(lines)

@@ -160,6 +160,18 @@ def table(config: ModelConfig) -> Iterator[Entry]:
         yield from _entries(LLAMA_LAYER, "llama/layers", f"llama_model.model.layers.{layer}.", (layer,))
 
 
+POSITIONS = 512         # of BERT, whose unused position_ids the Q-Formers keep
+
+
+def buffers(config: ModelConfig) -> dict[str, np.ndarray]:
+    """{name: constant} that the authors' modules keep in their state dict beside parameters (36 at real size)."""
+    positions = np.arange(POSITIONS, dtype=np.int64)[None]
+    found = {f"{name}{suffix}.bert.embeddings.position_ids": positions for name in ("Qformer", "video_Qformer") for _, suffix in BRANCHES}
+    width = config.llama.width // config.llama.heads
+    frequency = (1.0 / config.llama.rope_theta ** (np.arange(0, width, 2) / width)).astype(np.float32)
+    return found | {f"llama_model.model.layers.{i}.self_attn.rotary_emb.inv_freq": frequency for i in range(config.llama.depth)}
+
+
 # ------------------------------------------------------------------------------------------------ both ways
 def _below(path: tuple[str, ...], parts: tuple[str, ...]) -> bool:
     return not parts or any(path[:len(p)] == p for p in (tuple(part.split("/")) for part in parts))

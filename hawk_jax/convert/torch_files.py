@@ -1,16 +1,21 @@
-"""Safetensors files as PyTorch programs read and write them.  Never pickle: reading weights must not be able to run code."""
+"""Safetensors shards as `transformers` reads them, written tensor by tensor as they arrive, and the manifest that names files.
+
+Never pickle: reading weights must not be able to run code.  Layout of a file (safetensors 0.x): u64 header length, JSON header
+{name: {dtype, shape, data_offsets}}, raw little-endian data.
+"""
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from hawk_jax.config import HawkError
+from hawk_jax.training.frozen import DTYPES
 
-SHARD_BYTES = 5 * 10**9     # files of a big model; what is being written exists twice in memory
+SHARD_BYTES = 5 * 10**9     # files of a big model
 
 
 class TorchFileError(HawkError):
@@ -23,55 +28,103 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shards(tensors: Mapping[str, np.ndarray], most: int) -> Iterator[list[str]]:
-    names, size = [], 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > most:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.nbytes
-    yield names
+def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names, in order, in groups of at most `most` bytes (a larger tensor is a group of its own)."""
+    groups, size = [[]], 0
+    for name, count in sizes.items():
+        if groups[-1] and size + count > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += count
+    return groups
 
 
-def write(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Writes STEM.safetensors, or shards with an index in the layout of `transformers`; returns the files.
+class Shards:
+    """STEM.safetensors in `folder`, or shards with an index, for tensors that arrive one at a time in any order.
 
-    Tensors may be views of any strides; they are copied shard by shard.
+    specs: {name: (numpy dtype, shape)} of every tensor.  Space is taken at the start, so that a full disk is known before the work.
     """
-    shards = list(_shards(tensors, shard_bytes))
-    files = [folder / (f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors")
-             for i in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards):
-        # transformers refuses files without this mark
-        save_file({name: np.ascontiguousarray(tensors[name]) for name in names}, file, metadata={"format": "pt"})
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                 "weight_map": {name: file.name for file, names in zip(files, shards) for name in names}}
-        files.append(folder / f"{stem}.safetensors.index.json")
-        files[-1].write_text(json.dumps(index, indent=1))
-    return files
 
-
-def read(files: Iterable[Path]) -> dict[str, np.ndarray]:
-    """All tensors of some safetensors files.  TorchFileError if one cannot be read or a name comes twice."""
-    tensors = {}
-    for file in files:
+    def __init__(self, folder: Path, stem: str, specs: Mapping[str, tuple], shard_bytes: int = SHARD_BYTES):
+        self.folder, self.stem, self.specs = Path(folder), stem, {n: (np.dtype(d), tuple(s)) for n, (d, s) in specs.items()}
+        sizes = {n: d.itemsize * int(np.prod(s, dtype=np.int64)) for n, (d, s) in self.specs.items()}
+        groups = _cut(sizes, shard_bytes)
+        names = [f"{stem}.safetensors"] if len(groups) == 1 else [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
+                                                                  for i in range(1, len(groups) + 1)]
+        self.total, self.described, self._place, self._open = sum(sizes.values()), {}, {}, []
         try:
-            with safe_open(file, framework="numpy") as opened:
-                names = list(opened.keys())
-                if twice := sorted(tensors.keys() & names):
-                    raise TorchFileError(f"{file} holds {twice[0]}, which another of the files holds too")
-                tensors |= {name: opened.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise TorchFileError(f"{file} cannot be read as safetensors: {error}") from error
-    return tensors
+            for file, group in zip(names, groups):
+                self._begin(file, group, sizes)
+        except OSError:
+            self.abandon()
+            raise
+
+    def _begin(self, file: str, names: list[str], sizes: Mapping[str, int]) -> None:
+        table, offset = {"__metadata__": {"format": "pt"}}, 0       # transformers refuses files without this mark
+        for name in names:
+            dtype, shape = self.specs[name]
+            table[name] = {"dtype": DTYPES[dtype.name], "shape": list(shape), "data_offsets": [offset, offset + sizes[name]]}
+            offset += sizes[name]
+        header = json.dumps(table).encode()
+        header += b" " * (-len(header) % 8)
+        handle = open(self.folder / file, "wb")
+        self._open.append(handle)
+        handle.write(len(header).to_bytes(8, "little") + header)
+        if offset:
+            os.posix_fallocate(handle.fileno(), 8 + len(header), offset)
+        for name in names:
+            self._place[name] = (handle, file, 8 + len(header) + table[name]["data_offsets"][0])
+
+    def put(self, name: str, tensor: np.ndarray) -> None:
+        """Writes one tensor (any strides)."""
+        if (tensor.dtype, tensor.shape) != self.specs[name] or name in self.described:
+            raise TorchFileError(f"{name} is {tensor.dtype.name}{list(tensor.shape)} or comes twice; announced was {self.specs[name]}")
+        handle, _, at = self._place[name]
+        data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        handle.seek(at)
+        data.tofile(handle)
+        self.described[name] = describe_array(tensor)
+
+    def close(self) -> list[Path]:
+        """The finished files.  Raises TorchFileError if a tensor never came."""
+        for handle in self._open:
+            handle.flush()
+            os.fsync(handle.fileno())
+            handle.close()
+        if missing := sorted(self.specs.keys() - self.described.keys()):
+            raise TorchFileError(f"{self.folder}/{self.stem}: {missing[0]} and {len(missing) - 1} more were never written")
+        files = [Path(handle.name) for handle in self._open]
+        if len(files) > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": {n: self._place[n][1] for n in self.specs}}
+            files.append(self.folder / f"{self.stem}.safetensors.index.json")
+            files[-1].write_text(json.dumps(index, indent=1))
+        return files
+
+    def abandon(self) -> None:
+        """Closes the files, whatever is in them."""
+        for handle in self._open:
+            with contextlib.suppress(OSError):      # on a full disk closing fails once more
+                handle.close()
+
+
+def describe_array(tensor: np.ndarray) -> dict:
+    """What identifies a tensor: {"dtype", "shape", "sha256"} of its values in C order."""
+    data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def describe(folder: Path, files) -> dict[str, dict]:
+    """Manifest entries {name relative to the folder: {"bytes", "sha256"}}."""
+    return {str(Path(f).relative_to(folder)): {"bytes": Path(f).stat().st_size, "sha256": sha256(f)} for f in sorted(files)}
 
 
 def check(folder: Path, files: Mapping[str, dict]) -> None:
     """Compares sizes and sha256 of files with a manifest's entries {relative name: {"bytes", "sha256"}}."""
     for name, entry in files.items():
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise TorchFileError(f"{folder}/manifest.json names {name}, which lies outside the folder; it was changed")
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise TorchFileError(f"{path} is missing or not {entry['bytes']} bytes long; export again or copy it whole")
         if sha256(path) != entry["sha256"]:
