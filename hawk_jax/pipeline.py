@@ -221,7 +221,7 @@ def _goodbye(stages: Stages, out: Path, seconds: float) -> None:
     print("\nstage        seconds")
     for name, record in stages.summaries.items():
         print(f"{name:12} {record['seconds']:7.1f}")
-    print(f"\nweights for PyTorch  {out / 'exported'}")
+    print(f"\nfor PyTorch          {stages.summaries['export']['summary']['written']}")
     print(f"this call            {seconds:.0f} s")
     print(f"first 20 losses      {stages.summaries['stage1']['summary']['losses_digest']}  (stage 1; equal for equal runs on one machine)")
 

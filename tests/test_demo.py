@@ -37,8 +37,20 @@ def test_every_stage_leaves_what_it_promises(demo):
     assert "data:image" in html and "http://" not in html.replace("http://www.w3.org", "")
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert {"model", "shuffled", "constant"} <= results["descriptions"]["one_reference"].keys() and "answers" in results
-    trainable = load_file(out / "exported" / "hawk_trainable.safetensors")
-    assert "video_Qformer_motion.bert.encoder.layer.1.attention.self.query.weight" in trainable
+    weights = load_file(out / "exported" / "model.safetensors")
+    assert "video_Qformer_motion.bert.encoder.layer.1.attention.self.query.weight" in weights
+    assert json.loads((out / "exported" / "PROOF.json").read_text())["verdict"] in said
+
+
+def test_pytorch_answers_word_for_word(demo):
+    """The exported folder, given the mp4 files of the evaluation split and what was asked of JAX, which read records and batches."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    out, _ = demo
+    said = call("prove", str(out / "exported"), "--evaluation", str(out / "evaluation"), "--videos", str(out / "world"))
+    proof = json.loads((out / "exported" / "PROOF.json").read_text())
+    assert proof["verdict"] == "equal" and proof["answers"]["equal"] == proof["answers"]["texts"] == 12, said
+    assert proof["answers"]["different ones"] > 3, "a constant answer would prove nothing"
 
 
 def test_a_second_call_repeats_nothing(demo):
