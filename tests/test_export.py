@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from golden_weights import GOLDEN, TINY, golden
 from safetensors import safe_open
-from toy_run import one_device, toy_config, toy_params
+from safetensors.numpy import load_file
+from toy_run import one_device, quick_compile, toy_config, toy_params
 
 from data.text import Tokenizer
 from hawk_jax.__main__ import main
@@ -28,8 +30,16 @@ from hawk_jax.training.frozen import save_frozen
 from hawk_jax.training.state import init_state
 
 torch = pytest.importorskip("torch")
+load_torch = pytest.importorskip("safetensors.torch").load_file
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Variables with which a child process compiles nothing that another one compiled before."""
+    with quick_compile(tmp_path_factory) as variables:
+        yield variables
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +64,10 @@ def bytes_only(monkeypatch):
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The authors' names of everything in the folder's safetensors files, by the safetensors library."""
-    from safetensors.torch import load_file
     found = {}
     for prefix, home in (("", folder), ("llama_model.", folder / "llama")):
         for file in sorted(home.glob("model*.safetensors")):
-            found |= {prefix + name: tensor for name, tensor in load_file(file).items()}
+            found |= {prefix + name: tensor for name, tensor in load_torch(file).items()}
     return found
 
 
@@ -276,20 +285,21 @@ export(freeze.join(*toy_params(config, one_device())), config, {out!r})
 """
 
 
-def child(tmp_path: Path, kill: int, number: int, out: Path):
+def child(variables: dict, kill: int, number: int, out: Path):
     code = CHILD.format(tests=str(Path(__file__).parent), kill=kill, signal=number, out=str(out))
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent / "without_torch")])
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | variables | {"PYTHONPATH": paths})
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_export_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, number):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent / "without_torch")]))
-    done = child(tmp_path, 40, int(number), tmp_path / "out")
+def test_an_interrupted_export_leaves_nothing_that_looks_whole(tmp_path, compiled, number):
+    done = child(compiled, 40, int(number), tmp_path / "out")
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     left = [p.name for p in tmp_path.iterdir()]
     assert left == ([".out.writing"] if number == signal.SIGKILL else [])
     assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("PROOF.json"))
-    done = child(tmp_path, 10**9, 0, tmp_path / "out")       # the next attempt clears it away
+    done = child(compiled, 10**9, 0, tmp_path / "out")       # the next attempt clears it away
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -334,14 +344,13 @@ def start(file: Path, out: Path, devices: int, *options: str, **environment: str
 SPLIT = ("mesh.strategy=fsdp_tensor", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 
-def test_eight_devices_and_two_processes_write_the_same_bytes(run_folder, tmp_path):
-    file, folder = run_folder
-    import socket
+def test_eight_devices_and_two_processes_write_the_same_bytes(run_folder, tmp_path, compiled):
+    file, _ = run_folder
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    together = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    runs = [start(file, tmp_path / "one", 1), start(file, tmp_path / "eight", 8, *SPLIT),
+    together = compiled | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    runs = [start(file, tmp_path / "one", 1, **compiled), start(file, tmp_path / "eight", 8, *SPLIT, **compiled),
             *[start(file, tmp_path / "two", 4, *SPLIT, **together, JAX_PROCESS_ID=str(i)) for i in range(2)]]
     for run in runs:
         out, err = run.communicate(timeout=240)
@@ -349,7 +358,6 @@ def test_eight_devices_and_two_processes_write_the_same_bytes(run_folder, tmp_pa
     written = [json.loads((tmp_path / name / "manifest.json").read_text())["tensors"] for name in ("one", "eight", "two")]
     assert written[0] == written[1] == written[2] and len(written[0]["pth"]) == 128 + 1 + len(keys.buffers(toy_config().model))
     # and what JAX computed there is what one device computed; sums over devices run in another order
-    from safetensors.numpy import load_file
     values = [load_file(tmp_path / name / "proof.safetensors") for name in ("one", "eight", "two")]
     for name in values[0]:
         for other in values[1:]:
@@ -358,7 +366,6 @@ def test_eight_devices_and_two_processes_write_the_same_bytes(run_folder, tmp_pa
 
 def test_a_fault_of_the_writing_process_ends_both(run_folder, tmp_path):
     file, _ = run_folder
-    import socket
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
