@@ -29,6 +29,7 @@ from data.text import EOS
 from hawk_jax.config import HawkError, ModelConfig
 from hawk_jax.convert import torch_files
 from hawk_jax.convert.hf_folder import CODE
+from hawk_jax.convert.pth import open_pth
 from hawk_jax.inference.decode import Prompts, greedy_ids
 from hawk_jax.mesh import replicated, use
 from hawk_jax.models.build import bind
@@ -111,10 +112,14 @@ def check_bytes(folder: Path, manifest: dict) -> tuple[dict, list[str]]:
         for part, home in (("model", folder), ("llama", folder / "llama")):
             for file in sorted(home.glob("model*.safetensors")):
                 found[part] |= _read(file)
+        if "pth" in manifest["tensors"]:
+            read = open_pth(folder / "hawk.pth")["model"]
+            found["pth"] = {name: torch_files.describe_array(tensor.read()) for name, tensor in read.items()}
         lines = [line for part in found for line in _compare(part, found[part], manifest["tensors"][part])]
     except HawkError as error:
         return {}, [str(error)]
-    return {"files": len(manifest["files"]), "tensors": sum(map(len, found.values()))}, lines
+    counts = {"files": len(manifest["files"]), "tensors": len(found["model"]) + len(found["llama"])}
+    return counts | ({"tensors in hawk.pth": len(found["pth"])} if "pth" in found else {}), lines
 
 
 def check_code(folder: Path) -> list[str]:
