@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import frame, input_rate, prepare_rate, step_time  # noqa: F401  (importing an entry registers it)
+from benchmarks import frame, import_rate, input_rate, prepare_rate, step_time  # noqa: F401  (importing an entry registers it)
 from hawk_jax.config import ConfigError, HawkError
 
 

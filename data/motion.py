@@ -14,9 +14,12 @@ def gray(picture_HWC: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(picture_HWC, cv2.COLOR_RGB2GRAY)
 
 
-def farneback(before_NHW: np.ndarray, after_NHW: np.ndarray) -> np.ndarray:
-    """Flow of each pair of gray u8 pictures in pixels, f32 [N, H, W, 2] as (x, y).  The default `flow` function of `prepare`."""
-    return np.stack([cv2.calcOpticalFlowFarneback(before, after, None, **FARNEBACK) for before, after in zip(before_NHW, after_NHW)])
+def farneback(before_NHW: np.ndarray, after_NHW: np.ndarray, options: dict = FARNEBACK) -> np.ndarray:
+    """Flow of each pair of gray u8 pictures in pixels, f32 [N, H, W, 2] as (x, y).  The default `flow` function of `prepare`.
+
+    options: OpenCV's, other than FARNEBACK only to verify values recorded with others.
+    """
+    return np.stack([cv2.calcOpticalFlowFarneback(before, after, None, **options) for before, after in zip(before_NHW, after_NHW)])
 
 
 def magnitude(flow_NHW2: np.ndarray) -> np.ndarray:

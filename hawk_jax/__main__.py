@@ -21,8 +21,13 @@ COMMANDS = {   # name: (what it does, function that adds arguments, function tha
                  "pretrain configs/demo.py:stage1 --labels runs/demo/world/labels.jsonl"),
     "train": ("train, or go on with, a run", c.train_arguments, c.train, "train configs/demo.py:stage1 optim.learning_rate=1e-3"),
     "evaluate": ("generate on a split and score against controls", c.evaluate_arguments, c.evaluate, "evaluate configs/demo.py:stage2"),
-    "export": ("a run's weights as safetensors with the authors' key names", c.export_arguments, c.export,
+    "import": ("weights from PyTorch files to a frozen tree and a checkpoint", c.import_arguments, c.import_,
+               "import configs/hawk_7b_stage1.py --eva eva_vit_g.pth --blip2 blip2.pth --llama llama-2-7b-chat --out weights/hawk_frozen"),
+    "export": ("a run as a folder that transformers opens, and the authors' .pth, proven by reading it again", c.export_arguments, c.export,
                "export configs/demo.py:stage2 --out exported"),
+    "prove": ("compare an exported folder with what JAX computed before it was written", c.prove_arguments, c.prove, "prove exported"),
+    "verify": ("compare every reference file of a folder with what this project computes", c.verify_arguments, c.verify,
+               "verify --goldens ../shared/goldens/hawk --json verify.json"),
 }
 
 
@@ -50,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if overrides:
         args.options = [*args.options, *overrides]
     try:
-        args.run(args)
+        return args.run(args) or 0      # a command's own status, where it has one
     except HawkError as error:
         print(f"hawk_jax {args.command}: {error}", file=sys.stderr)
         return 2

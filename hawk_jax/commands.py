@@ -152,14 +152,76 @@ def evaluate(args):
     evaluate_run(c, split=args.split or c.input.test_split, labels=args.labels, out=args.out or Path(c.run.folder) / "evaluation")
 
 
+def import_arguments(p):
+    _with_config(p)
+    p.add_argument("--eva", type=Path, default=None, metavar="FILE", help="eva_vit_g.pth: the picture encoder of both branches")
+    p.add_argument("--blip2", type=Path, default=None, metavar="FILE", help="the BLIP-2 Q-Former file")
+    p.add_argument("--llama", type=Path, default=None, metavar="FOLDER", help="Hugging Face folder of the decoder")
+    p.add_argument("--hawk", type=Path, default=None, metavar="FILE", help="a checkpoint of the authors' code: trained values")
+    p.add_argument("--video-llama", type=Path, default=None, metavar="FILE", help="a Video-LLaMA checkpoint: its video Q-Former")
+    p.add_argument("--motion-qformer", default="", metavar="copy|seeded|FILE",
+                   help="the motion branch's image Q-Former: the video branch's, the released code's random one drawn anew, or from a file")
+    p.add_argument("--out", type=Path, required=True, help="folder of the frozen tree: run.frozen of training")
+    p.add_argument("--run", dest="run_folder", type=Path, default=None, metavar="FOLDER", help="run folder for the trained values, as checkpoint 0")
+    p.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
+                   help="pass over these names (* within one part of a name, ** across parts); may be repeated")
+    p.add_argument("--expect-sha256", action="append", default=[], metavar="FILE=HEX", help="refuse a file with another hash")
+
+
+def import_(args):
+    from hawk_jax.convert.layouts import Sources
+    from hawk_jax.convert.to_jax import import_weights, summary
+    expected = {}
+    for text in args.expect_sha256:
+        file, _, value = text.rpartition("=")
+        if not file or len(value) != 64:
+            raise cfg.ConfigError(f"--expect-sha256 {text}: expected FILE=HEX with 64 hexadecimal digits")
+        expected[file] = value
+    sources = Sources(args.eva, args.blip2, args.llama, args.video_llama, args.hawk, args.motion_qformer, tuple(args.ignore))
+    print(summary(import_weights(sources, _load(args), args.out, args.run_folder, expected), args.out))
+
+
 def export_arguments(p):
     _with_config(p)
-    p.add_argument("--out", type=Path, required=True, help="folder for the safetensors files")
+    p.add_argument("--out", type=Path, required=True, help="folder that AutoModel.from_pretrained opens")
+    p.add_argument("--pth", choices=("released", "full", "none"), default="released",
+                   help="hawk.pth of the authors' layout: what their code saves (165 tensors, default), the whole model, or no such file")
+    p.add_argument("--step", type=int, default=None, help="which checkpoint (default: the best, the newest if none was validated)")
 
 
 def export(args):
+    from hawk_jax.mesh import start_processes
     from hawk_jax.pipeline import export_run
-    print(export_run(_load(args), args.out))
+    c = _load(args)
+    start_processes()
+    if text := export_run(c, args.out, args.pth, args.step):
+        print(text)
+
+
+def prove_arguments(p):
+    p.add_argument("folder", type=Path, help="what `export` wrote")
+    p.add_argument("--evaluation", type=Path, default=None, help="what `evaluate` wrote: its questions are asked of the folder too")
+    p.add_argument("--videos", type=Path, default=None, help="folder that the sources in --evaluation start from")
+
+
+def prove(args):
+    from hawk_jax.convert.proof import prove_here, report_text
+    if (args.evaluation is None) != (args.videos is None):
+        raise cfg.ConfigError("--evaluation and --videos go together: questions are asked about the video files")
+    proof = prove_here(args.folder, args.evaluation, args.videos)
+    print(report_text(proof))
+    if proof["verdict"] == "differs":
+        raise cfg.HawkError(f"{args.folder} is not what was exported")
+
+
+def verify_arguments(p):
+    p.add_argument("--goldens", type=Path, required=True, metavar="DIR", help="folder of unit files, see docs/verify.md")
+    p.add_argument("--json", type=Path, default=None, metavar="FILE", help="every tensor's errors and tolerances")
+
+
+def verify(args):
+    from hawk_jax.convert.verify import verify
+    return 0 if verify(args.goldens, args.json) else 1
 
 
 def demo_arguments(p):

@@ -255,6 +255,32 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class WeightsConfig:
+    """`import`: names in foreign files that nothing here takes, and names that a file may lack.
+
+    Patterns: `*` stands for anything between two dots, `**` for anything, `{depth}` for model.vit.depth.  Names that hold weights of the
+    model are taken whatever the patterns say.
+    """
+    eva_ignored: tuple[str, ...] = (
+        "blocks.{depth}.**",                            # EVA-g has one block more than the encoder runs
+        "norm.*", "fc_norm.*", "head.*")                # of a classifier: the encoder returns the tokens of its last block
+    blip2_ignored: tuple[str, ...] = (
+        "Qformer.cls.**", "Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_embeddings.*",    # of texts:
+        "Qformer.bert.encoder.layer.*.intermediate.dense.*", "Qformer.bert.encoder.layer.*.output.dense.*",     # only queries enter
+        "Qformer.bert.encoder.layer.*.output.LayerNorm.*",
+        "t5_proj.*", "opt_proj.*", "llm_proj.*",        # into another language model
+        "vision_proj.*", "text_proj.*", "itm_head.*", "temp")       # of the first stage's contrastive losses
+    llama_ignored: tuple[str, ...] = ()
+    hawk_ignored: tuple[str, ...] = ()
+    hawk_absent: tuple[str, ...] = ()                   # trainables that then start from their initial values (run.seed)
+    motion_absent: tuple[str, ...] = ("ln_vision_motion.*",)    # then 1 and 0, as the released code leaves them
+    video_llama_ignored: tuple[str, ...] = (
+        "llama_proj.*",                                 # one matrix, where HAWK has four
+        "audio_*", "audio_*.**")                        # HAWK hears nothing
+    video_llama_motion: Literal["copy", "fresh"] = "copy"       # the motion branch's video Q-Former: from the same file, or run.seed
+
+
+@dataclass(frozen=True)
 class HawkConfig:
     world: WorldConfig = WorldConfig()
     prepare: PrepareConfig = PrepareConfig()
@@ -266,6 +292,7 @@ class HawkConfig:
     mesh: MeshConfig = MeshConfig()
     generate: GenerateConfig = GenerateConfig()
     run: RunConfig = RunConfig()
+    weights: WeightsConfig = WeightsConfig()
 
     def __post_init__(self):
         check(self)

@@ -33,7 +33,7 @@ def test_result_names_machine_versions_and_commit(tmp_path):
 
 
 @pytest.mark.parametrize("words, code, said", [
-    (["--list"], 0, "prepare"), (["inptu"], 2, "unknown benchmark 'inptu'; there is: input, prepare, step"),
+    (["--list"], 0, "prepare"), (["inptu"], 2, "unknown benchmark 'inptu'; there is: import, input, prepare, step"),
     (["input", "--repeats", "0"], 2, "must be at least 1")])
 def test_command_line(words, code, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words])

@@ -189,30 +189,33 @@ def to_torch(params: Mapping, config: ModelConfig) -> dict:
             tensors[entry.key] = TO_TORCH[entry.kind](flat[entry.path][entry.index])
             used.add(entry.path)
     if unknown := sorted(flat.keys() - used):
-        raise KeyTableError(f"no state-dict name for parameter {_named(unknown)}; "
-                            + _nearest("/".join(unknown[0]), {"/".join(e.path) for e in table(config)}))
+        raise KeyTableError(f"no state-dict name for parameter {named(unknown)}; "
+                            + nearest("/".join(unknown[0]), {"/".join(e.path) for e in table(config)}))
     return tensors
 
 
 def from_torch(tensors: Mapping, config: ModelConfig, parts: tuple[str, ...] = ()) -> dict:
-    """{state-dict name: array} -> parameter tree of numpy arrays, in the dtype of the tensors (stacked ones: of layer 0).
+    """{state-dict name: array} -> parameter tree of numpy arrays, in the dtype of the tensors, which stacked ones must share.
 
     parts: paths such as "llama", "video/qformer" to which the result, and what must be there, is limited; () = the whole model.
-    Buffers are ignored.  Raises KeyTableError for a missing or unknown name, a wrong shape, and two branches that should share one
-    encoder but differ.
+    Buffers are ignored.  Raises KeyTableError for a missing or unknown name, a wrong shape, layers of two dtypes, and two branches
+    that should share one encoder but differ.
     """
     every = list(table(config))
     entries = [e for e in every if _below(e.path, parts)]
     _check_names(tensors, [e.key for e in entries], {e.key for e in every})
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items() if _below(path, parts)}
-    flat, filled = {}, set()
+    flat, filled, first = {}, set(), {}
     for path, index, key, kind in entries:
         value, shape = FROM_TORCH[kind](_readable(tensors[key], key, kind)), shapes[path][len(index):]
         if value.shape != shape:
             expected = TO_TORCH[kind](np.broadcast_to(np.float32(0), shape)).shape
             raise KeyTableError(f"{key} has shape {tuple(tensors[key].shape)}, this model configuration needs {tuple(expected)}")
         if path not in flat:
-            flat[path] = np.empty(shapes[path], value.dtype)
+            flat[path], first[path] = np.empty(shapes[path], value.dtype), key
+        if flat[path].dtype != value.dtype:
+            raise KeyTableError(f"{key} is {value.dtype.name}, {first[path]} is {flat[path].dtype.name}: both belong to {'/'.join(path)}; "
+                                "give all its layers one dtype")
         if (path, index) not in filled:
             flat[path][index] = value
         elif not np.array_equal(flat[path][index], value):
@@ -234,17 +237,19 @@ def _readable(tensor, key: str, kind: str) -> np.ndarray:
 
 def _check_names(tensors: Mapping, wanted: list[str], known: set[str]) -> None:
     if missing := [key for key in wanted if key not in tensors]:
-        raise KeyTableError(f"state dict lacks {_named(missing)}; " + _nearest(missing[0], tensors))
+        raise KeyTableError(f"state dict lacks {named(missing)}; " + nearest(missing[0], tensors))
     if unknown := sorted(k for k in set(tensors) - known if not IGNORED.search(k)):
-        raise KeyTableError(f"state dict holds {_named(unknown)}, which this model configuration has no place for; "
-                            + _nearest(unknown[0], known))
+        raise KeyTableError(f"state dict holds {named(unknown)}, which this model configuration has no place for; "
+                            + nearest(unknown[0], known))
 
 
-def _named(names: list) -> str:
+def named(names: list) -> str:
+    """The first names of a list, for a message."""
     shown = ["/".join(n) if isinstance(n, tuple) else n for n in names[:3]]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _nearest(name: str, known) -> str:
+def nearest(name: str, known) -> str:
+    """The end of a message: which known names are like this one."""
     near = difflib.get_close_matches(name, list(known), 2, 0.6)
     return f"nearest known: {', '.join(near)}" if near else "nothing known is similar"

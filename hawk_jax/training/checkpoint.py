@@ -16,7 +16,7 @@ from hawk_jax import config as cfg
 from hawk_jax.config import HawkConfig, HawkError
 from hawk_jax.models import build
 from hawk_jax.training import freeze
-from hawk_jax.training.frozen import device_checksum, load_frozen
+from hawk_jax.training.frozen import check_decoder, device_checksum, load_frozen
 from hawk_jax.training.state import TrainState, abstract_state
 
 FORMAT = 3          # 2: knows the hashes of its data; 3: and a checksum of its bits
@@ -276,6 +276,7 @@ def read_frozen(config: HawkConfig, mesh) -> tuple[dict, str]:
     """(frozen tree on the mesh, its hash) from run.frozen."""
     if not config.run.frozen:
         raise CheckpointError("run.frozen is empty: name the folder of the frozen tree that `pretrain` or an import wrote")
+    check_decoder(Path(config.run.frozen), config.model.llama)
     _, abstract = freeze.split(build.abstract_params(config.model), config.model)
     _, shardings = freeze.split(build.shardings(config.model, mesh, config.mesh.strategy), config.model)
     return load_frozen(Path(config.run.frozen), abstract, shardings)

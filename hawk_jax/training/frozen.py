@@ -6,10 +6,13 @@ Layout of a file (safetensors 0.x): u64 header length, JSON header {name: {dtype
 """
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +23,32 @@ from hawk_jax.models.build import flatten
 
 FORMAT = 1
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-READERS = 4         # threads that hash and read leaves: sha256 runs at 0.5-2 GB/s on a core
+READERS = 2         # threads that hash and read leaves: sha256 runs at 0.5-2 GB/s on a core; each holds one leaf in memory
+IN_NO_SHAPE = ("heads", "kv_heads", "eps", "rope_theta")     # options of the decoder that wrong weights would fit all the same
 
 
 class FrozenError(HawkError):
     """A frozen tree that is missing, damaged, or not the one asked for."""
 
 
+class Stream(NamedTuple):
+    """A leaf that is written while it is made: `blocks()` gives its values in C order, in pieces of any size."""
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
 # ------------------------------------------------------------------------------------------------ hashes
-def _leaf_hash(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _describe(array: np.ndarray) -> dict:
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _leaf_hash(array)}
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": hashlib.sha256(_bytes(array)).hexdigest()}
 
 
 def _tree_hash(leaves: dict[str, dict]) -> str:
@@ -82,15 +97,28 @@ def _header(leaves: dict) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _write_leaf(out, name: str, leaf) -> dict:
+    """Writes and hashes one leaf, block by block; returns {dtype, shape, sha256}."""
+    hashed, written = hashlib.sha256(), 0
+    for block in leaf.blocks() if isinstance(leaf, Stream) else (np.asarray(leaf),):
+        if block.dtype != leaf.dtype:
+            raise FrozenError(f"{name} is announced as {leaf.dtype.name}, a block of it came as {block.dtype.name}")
+        data = _bytes(block)
+        hashed.update(data)
+        out.write(data)
+        written += block.size
+    if written != leaf.size:
+        raise FrozenError(f"{name} has {leaf.size} values, {written} came")
+    return {"dtype": leaf.dtype.name, "shape": list(leaf.shape), "sha256": hashed.hexdigest()}
+
+
 def _write_part(file: Path, leaves: dict) -> dict[str, dict]:
     """Writes one file; returns {name: {dtype, shape, sha256}}."""
     described = {}
     with open(file, "wb") as out:
         out.write(_header(leaves))
         for name, leaf in leaves.items():
-            array = np.ascontiguousarray(leaf)
-            described[name] = _describe(array)
-            array.reshape(-1).view(np.uint8).tofile(out)
+            described[name] = _write_leaf(out, name, leaf)
         out.flush()
         os.fsync(out.fileno())
     return described
@@ -116,15 +144,21 @@ def put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
-    """Writes a tree of arrays (bfloat16 or float32) and returns its hash.
+def check_place(folder: Path) -> None:
+    """Raises FrozenError if a folder holds anything that a frozen tree may not replace."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_frozen(folder))):
+        raise FrozenError(f"{folder} is not empty and holds no frozen tree; choose another folder")
+
+
+def save_frozen(folder: Path, tree: dict, provenance: dict, decoder: dict | None = None) -> str:
+    """Writes a tree of arrays or Streams (bfloat16 or float32) and returns its hash.
 
     The folder appears whole or not at all, and replaces a frozen tree that was there before.  provenance: what made it, for people.
+    decoder: options of model.llama that the weights need, for `check_decoder`.  Whatever a Stream raises passes, and nothing is left.
     Raises FrozenError if the folder holds something else or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not _is_frozen(folder):
-        raise FrozenError(f"{folder} is not empty and holds no frozen tree; choose another folder")
+    check_place(folder)
     new = folder.with_name(f"{folder.name}.writing")
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -132,12 +166,14 @@ def save_frozen(folder: Path, tree: dict, provenance: dict) -> str:
         leaves = {}
         for part, subtree in tree.items():
             leaves |= _write_part(new / f"{part}.safetensors", _named({part: subtree}))
-        manifest = {"format": FORMAT, "hash": _tree_hash(leaves), "provenance": provenance, "leaves": leaves}
+        manifest = {"format": FORMAT, "hash": _tree_hash(leaves), "provenance": provenance,
+                    **({"decoder": decoder} if decoder else {}), "leaves": leaves}
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
         put_in_place(new, folder)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise FrozenError(f"cannot write the frozen tree to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return manifest["hash"]
 
 
@@ -169,23 +205,46 @@ def _check_leaves(folder: Path, leaves: dict, wanted: dict) -> None:
             raise FrozenError(f"{folder}: {name} is {here[0]}{list(here[1])}, this model configuration needs {there[0]}{list(there[1])}")
 
 
-def _open_part(file: Path) -> dict[str, np.ndarray]:
-    """{name: array mapped from the file}."""
+def check_decoder(folder: Path, options) -> None:
+    """Raises FrozenError where `model.llama` (options) differs from what imported weights need and no shape would show it."""
+    needed, have = read_manifest(folder).get("decoder", {}), {"kv_heads": options.groups}
+    for name in IN_NO_SHAPE:
+        value = have.get(name, getattr(options, name))
+        if name in needed and value != needed[name]:
+            raise FrozenError(f"{folder} holds a decoder that needs model.llama.{name}={needed[name]}, the configuration has {value}; "
+                              f"set model.llama.{name}={needed[name]}")
+
+
+class _Place(NamedTuple):
+    """Where the values of a leaf lie."""
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        # read, not mapped: pages of a mapped file count as memory of this process for as long as the array lives
+        return np.fromfile(self.file, np.uint8, math.prod(self.shape) * self.dtype.itemsize, offset=self.offset).view(self.dtype).reshape(
+            self.shape)
+
+
+def _open_part(file: Path) -> dict[str, _Place]:
+    """{name: where its values lie}."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             table = json.loads(stream.read(length))
-        data = np.memmap(file, np.uint8, "r", offset=8 + length)
-    except (OSError, ValueError) as error:
+        size = file.stat().st_size - 8 - length
+    except (OSError, ValueError, OverflowError) as error:
         raise FrozenError(f"{file} cannot be read: {error}; make the frozen tree again") from error
     kinds = {short: np.dtype(getattr(jnp, name)) for name, short in DTYPES.items()}
-    arrays = {}
+    places = {}
     for name, entry in table.items():
         first, end = entry["data_offsets"]
-        if end > data.size:
+        if end > size:
             raise FrozenError(f"{file} ends before {name}: it was cut off; make the frozen tree again")
-        arrays[name] = data[first:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
+        places[name] = _Place(file, 8 + length + first, kinds[entry["dtype"]], tuple(entry["shape"]))
+    return places
 
 
 def load_frozen(folder: Path, abstract: dict, shardings: dict | None = None) -> tuple[dict, str]:
@@ -199,18 +258,22 @@ def load_frozen(folder: Path, abstract: dict, shardings: dict | None = None) -> 
     _check_leaves(folder, manifest["leaves"], wanted)
     if _tree_hash(manifest["leaves"]) != manifest["hash"]:
         raise FrozenError(f"{folder}/manifest.json was changed: its leaves do not have the hash it states")
-    arrays = {}
+    stored = {}
     for part in abstract:
-        arrays |= _open_part(folder / f"{part}.safetensors")
+        stored |= _open_part(folder / f"{part}.safetensors")
 
     def read(name: str):
-        if name not in arrays or _describe(arrays[name]) != manifest["leaves"][name]:
+        try:
+            array = stored[name].read() if name in stored else None
+        except (OSError, ValueError) as error:
+            raise FrozenError(f"{folder}: {name} cannot be read: {error}; make the frozen tree again") from error
+        if array is None or _describe(array) != manifest["leaves"][name]:
             raise FrozenError(f"{folder}: {name} is not what the manifest says (sha256 differs): the file was damaged or changed; "
                               "make the frozen tree again")
-        # copies: an array on a CPU may otherwise stay a window on the file, and change with it
+        # copies: an array on a CPU may otherwise stay a window on this one, or on parts of it
         if name not in places:
-            return jnp.array(arrays[name], copy=True)
-        return jax.make_array_from_callback(arrays[name].shape, places[name], lambda index: np.array(arrays[name][index]))
+            return jnp.array(array, copy=True)
+        return jax.make_array_from_callback(array.shape, places[name], lambda index: np.array(array[index]))
     with ThreadPoolExecutor(READERS) as pool:
         values = dict(zip(wanted, pool.map(read, wanted)))
     return jax.tree_util.tree_map_with_path(lambda path, _: values["/".join(key.key for key in path)], abstract), manifest["hash"]
