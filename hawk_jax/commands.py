@@ -162,7 +162,8 @@ def import_arguments(p):
     p.add_argument("--motion-qformer", default="", metavar="copy|seeded|FILE",
                    help="the motion branch's image Q-Former: the video branch's, the released code's random one drawn anew, or from a file")
     p.add_argument("--out", type=Path, required=True, help="folder of the frozen tree: run.frozen of training")
-    p.add_argument("--run", dest="run_folder", type=Path, default=None, metavar="FOLDER", help="run folder for the trained values, as checkpoint 0")
+    p.add_argument("--run", dest="run_folder", type=Path, default=None, metavar="FOLDER",
+                   help="run folder for the trained values, as checkpoint 0")
     p.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                    help="pass over these names (* within one part of a name, ** across parts); may be repeated")
     p.add_argument("--expect-sha256", action="append", default=[], metavar="FILE=HEX", help="refuse a file with another hash")

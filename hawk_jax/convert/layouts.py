@@ -133,7 +133,7 @@ def place_names(layout: Layout, tensors: Mapping[str, Lazy], place: Path, ignore
 
 
 # ------------------------------------------------------------------------------------------------ LLaMA's config.json
-REFUSED = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": ("silu", None), "pretraining_tp": (None, 1)}
+REFUSED = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")}
 SETTINGS = {"vocab": "vocab_size", "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
             "mlp": "intermediate_size", "eps": "rms_norm_eps", "max_positions": "max_position_embeddings"}
 
