@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from golden_weights import GOLDEN, golden
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from hawk_jax.__main__ import main
 from hawk_jax.config import HawkConfig, HawkError, LlamaConfig, MeshConfig, ModelConfig, RunConfig, released
 from hawk_jax.convert import keys
-from hawk_jax.convert.blocks import contiguous
+from hawk_jax.convert.blocks import converted
 from hawk_jax.convert.layouts import Found, Sources, _hawk, place_names, read_llama_config, streams
 from hawk_jax.convert.lazy import Lazy
 from hawk_jax.convert.seeded import seeded
@@ -488,11 +489,19 @@ def test_both_ways_are_bit_exact_in_the_files_dtype(files, dtype):
     assert key in str(error.value) and key.replace(".1.", ".0.") in str(error.value)
 
 
-def test_transpositions_by_tiles_are_numpys():
-    draw = np.random.default_rng(0)
-    for shape in ((3, 5), (64, 64), (65, 200), (1, 7), (130, 63)):
-        x = draw.normal(size=shape).astype(np.float32)
-        assert contiguous(x.T).flags.c_contiguous and np.array_equal(contiguous(x.T), x.T)
-    qkv = draw.normal(size=(3 * 70, 90)).astype(np.float16)
-    y = keys.FROM_TORCH["qkv"](qkv)
-    assert contiguous(y).flags.c_contiguous and np.array_equal(contiguous(y), y)
+@pytest.mark.parametrize("source", [np.float16, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16])
+def test_large_matrices_are_cast_and_turned_as_numpy_does(source, target):
+    """Every kind of bit pattern, subnormal ones too, above and below the size from which XLA is used: equal bit for bit."""
+    draw, width = np.random.default_rng(0), 8 * np.dtype(source).itemsize
+    for kind, shape in (("linear", (1100, 1000)), ("qkv", (3 * 700, 520)), ("same", (1100, 1000)), ("linear", (30, 40))):
+        x = draw.integers(0, 2**width, shape, np.uint64).astype(f"u{width // 8}").view(source)
+        x = np.where(np.abs(np.nan_to_num(x.astype(np.float64), nan=1e39)) < 1e38, x, source(0))
+        found, sound = converted(x, kind, np.dtype(target))
+        expected = np.ascontiguousarray(keys.FROM_TORCH[kind](x.astype(target)))
+        assert sound and found.flags.c_contiguous and found.dtype == expected.dtype
+        np.testing.assert_array_equal(found.view(f"u{found.dtype.itemsize}"), expected.view(f"u{found.dtype.itemsize}"))
+        for fault in (np.nan, np.inf):
+            y = x.copy()
+            y.flat[-3] = fault
+            assert not converted(y, kind, np.dtype(target))[1]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, digest, to_dict
 from hawk_jax.convert import torch_files
+from hawk_jax.convert.blocks import finite
 from hawk_jax.convert.hf_folder import write_folder
 from hawk_jax.convert.keys import TO_TORCH, Entry, buffers, table, to_torch
 from hawk_jax.convert.lazy import open_safetensors
@@ -89,7 +90,7 @@ class _Weights:
     def put(self, path: tuple, leaf: np.ndarray) -> None:
         for w in self.leaves[path]:
             tensor = TO_TORCH[w.entry.kind](leaf[w.entry.index])
-            if not np.isfinite(tensor).all():
+            if not finite(tensor):
                 raise HawkError(f"{w.entry.key} ({'/'.join(path)}) holds values that are not finite: such weights are not exported; "
                                 "go back to an earlier checkpoint")
             self.parts[w.part].put(w.name, tensor)

@@ -20,9 +20,9 @@ import numpy as np
 
 from hawk_jax.config import HawkConfig, LlamaConfig
 from hawk_jax.convert import keys
-from hawk_jax.convert.blocks import ahead, contiguous, finite
+from hawk_jax.convert.blocks import ahead, converted
 from hawk_jax.convert.folder import open_weights
-from hawk_jax.convert.keys import FROM_TORCH, TO_TORCH, KeyTableError, table
+from hawk_jax.convert.keys import TO_TORCH, KeyTableError, table
 from hawk_jax.convert.lazy import Lazy
 from hawk_jax.models.build import abstract_params, flatten
 from hawk_jax.training import freeze
@@ -231,12 +231,11 @@ def _torch_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _read(found: Found, kind: str, dtype: np.dtype) -> np.ndarray:
     """One layer's values in our layout and dtype.  KeyTableError if they are not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = found.lazy.read().astype(dtype, copy=False)        # in the order of the file, before anything is transposed
-    if not finite(values):
+    values, sound = converted(found.lazy.read(), kind, dtype)
+    if not sound:
         raise KeyTableError(f"{found.where} holds values that are not finite (NaN, infinite, or too large for {dtype.name}); the file was "
                             "damaged or its training went wrong")
-    return contiguous(FROM_TORCH[kind](values))
+    return values
 
 
 def _stream(abstract, parts: Mapping[tuple, list]) -> Stream:

@@ -18,9 +18,9 @@ from hawk_jax.models import build
 from hawk_jax.training.optim import STACKED
 
 PROBES = 32             # <s, s> is then off by a quarter
-# Relative size of what a scale must explain of the outputs to be believed.  Files of four seeds: rounding explained up to 2e-7, and up to 7e-8
-# where that is enough for an error of more than 3e-4, that is for tensors of which a thousandth explains less than 2e-6; a thousandth of
-# the faintest of the authors' files explains 1e-6.
+# Relative size of what a scale must explain of the outputs to be believed.  In files of four seeds rounding explained up to 2e-7, but 7e-8
+# where that would be an error of more than 3e-4, for tensors of which a thousandth explains less than 2e-6.  A thousandth of
+# the faintest of the shared files explains 1e-6.
 BELIEVED = 2.5e-7
 FAINT = 1e-6            # size of s below which a tensor is taken to change nothing, as key biases and queries before a norm do
 
