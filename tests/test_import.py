@@ -496,7 +496,8 @@ def test_large_matrices_are_cast_and_turned_as_numpy_does(source, target):
     draw, width = np.random.default_rng(0), 8 * np.dtype(source).itemsize
     for kind, shape in (("linear", (1100, 1000)), ("qkv", (3 * 700, 520)), ("same", (1100, 1000)), ("linear", (30, 40))):
         x = draw.integers(0, 2**width, shape, np.uint64).astype(f"u{width // 8}").view(source)
-        x = np.where(np.abs(np.nan_to_num(x.astype(np.float64), nan=1e39)) < 1e38, x, source(0))
+        with np.errstate(invalid="ignore"):     # some of the patterns are no numbers
+            x = np.where(np.abs(x.astype(np.float64)) < 1e38, x, source(0))
         found, sound = converted(x, kind, np.dtype(target))
         expected = np.ascontiguousarray(keys.FROM_TORCH[kind](x.astype(target)))
         assert sound and found.flags.c_contiguous and found.dtype == expected.dtype
