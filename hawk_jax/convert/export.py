@@ -9,6 +9,7 @@
 Leaves leave their devices one at a time, on any mesh, on one process or several (process 0 writes).  The folder appears whole and proven
 or not at all; one that does not pass is kept as OUT.differs.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -20,16 +21,17 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from hawk_jax.config import HawkConfig, HawkError, ModelConfig, digest, to_dict
 from hawk_jax.convert import torch_files
 from hawk_jax.convert.blocks import finite
+from hawk_jax.convert.expected import EXPECTED, expected_values
 from hawk_jax.convert.hf_folder import write_folder
 from hawk_jax.convert.keys import TO_TORCH, Entry, buffers, table, to_torch
 from hawk_jax.convert.lazy import open_safetensors
-from hawk_jax.convert.proof import EXPECTED, PROOF, TORCH_ABSENT, expected_values
+from hawk_jax.convert.proof import PROOF, TORCH_ABSENT
 from hawk_jax.convert.pth import write_pth
 from hawk_jax.models.build import abstract_params, flatten
 from hawk_jax.training.frozen import put_in_place
@@ -117,7 +119,7 @@ def _write_weights(folder: Path | None, params: dict, config: ModelConfig, shard
                 if folder and failure is None:
                     weights = weights or _Weights(folder, shapes, leaves, shard_bytes)
                     weights.put(path, host)
-            except (OSError, HawkError) as error:
+            except Exception as error:
                 failure = error
                 if jax.process_count() == 1:    # else the others wait for this one at the next leaf
                     break
@@ -154,7 +156,7 @@ def _write_all(folder: Path | None, params: dict, config: HawkConfig, expected: 
         return
     if pth != "none":
         described["pth"] = _write_pth(folder, config.model, pth, described)
-    save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, folder / EXPECTED)
+    (folder / EXPECTED).write_bytes(save({name: np.ascontiguousarray(value) for name, value in expected.items()}))
     write_folder(folder, config)
     (folder / "hawk_config.json").write_text(json.dumps(to_dict(config), indent=1))
     files = torch_files.describe(folder, (f for f in folder.rglob("*") if f.is_file()))
@@ -208,26 +210,36 @@ def export(params: dict, config: HawkConfig, out: Path, *, mesh=None, pth: Pth =
     then at OUT.differs).  On several processes every one must call it, and all see the same files.
     """
     out, first = Path(out), jax.process_index() == 0
-    _together(lambda: _check(params, config, out), first)
-    expected = expected_values(params, config.model, config.prepare.size, mesh, config.mesh.strategy)
-    new = out.with_name(f".{out.name}.writing")
-    outcome = []
+    new, outcome = out.with_name(f".{out.name}.writing"), []
 
-    def work():
-        if first:
+    def begin():
+        _check(params, config, out)
+        with _to(out):
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
+    _together(begin, first)
+    expected = expected_values(params, config.model, config.prepare.size, mesh, config.mesh.strategy)
+
+    def work():
         try:
-            _write_all(new if first else None, params, config, expected, pth, shard_bytes)
-            if first:
-                outcome.append(_finish(new, out))
-        except OSError as error:
-            raise HawkError(f"the export could not be written to {out} ({error.strerror or error}); nothing was left there") from error
+            with _to(out):
+                _write_all(new if first else None, params, config, expected, pth, shard_bytes)
+                if first:
+                    outcome.append(_finish(new, out))
         finally:
             if first:
                 shutil.rmtree(new, ignore_errors=True)
     _together(work, True)
     return outcome[0] if first else ""
+
+
+@contextlib.contextmanager
+def _to(out: Path):
+    """Whatever the machine refuses as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise HawkError(f"the export could not be written to {out} ({error.strerror or error}); nothing was left there") from error
 
 
 def _together(work, here: bool) -> None:
@@ -236,7 +248,7 @@ def _together(work, here: bool) -> None:
     try:
         if here:
             work()
-    except HawkError as error:
+    except Exception as error:      # of any kind: the others would wait for this process
         failure = error
     if jax.process_count() > 1:
         failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))

@@ -7,9 +7,6 @@ transformers are installed: the folder opened as a user would, with AutoModel, i
 for random clips and prompts against JAX's, which the folder keeps in proof.safetensors; hawk.pth read by torch.load; vision.pt2 made,
 read back and compared.  The result is PROOF.json in the folder.
 """
-import contextlib
-import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -19,73 +16,23 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data.text import EOS
-from hawk_jax.config import HawkError, ModelConfig
+from hawk_jax.config import HawkError
 from hawk_jax.convert import torch_files
+from hawk_jax.convert.expected import EXPECTED
 from hawk_jax.convert.hf_folder import CODE
 from hawk_jax.convert.pth import open_pth
-from hawk_jax.inference.decode import Prompts, greedy_ids
-from hawk_jax.mesh import replicated, use
-from hawk_jax.models.build import bind
 
-EXPECTED, PROOF = "proof.safetensors", "PROOF.json"
+PROOF, GRAPH = "PROOF.json", "vision.pt2"
 EQUAL, TORCH_ABSENT, DIFFERS = "equal", "bytes equal; no torch here, so nothing was computed", "differs"
-CLIPS, FRAMES, WORDS, NEW = 2, 4, 12, 32
 # float32 on both sides, sums in another order; the authors' modules in float32 and float64 are 1e-6 apart over 3 layers, and rounding
 # grows about with the root of the depth: 39 + 12 + 2 + 32 layers
 TOLERANCE = 2e-5
-
-
-# ------------------------------------------------------------------------------------------------ what JAX makes of it
-def random_inputs(config: ModelConfig, size: int) -> dict[str, np.ndarray]:
-    """Clips, masks and prompts of random words, from a fixed seed; prompts hold all visual tokens."""
-    draw, queries = np.random.default_rng(20241), config.video_qformer.queries
-    times = min(FRAMES, config.frame_positions)
-    words = min(WORDS, config.llama.max_positions - 2 * queries - 2)
-    tokens_RS = np.zeros((CLIPS, 1 + 2 * queries + words), np.int64)
-    tokens_RS[:, 0], tokens_RS[:, 1 + 2 * queries:] = 1, draw.integers(3, config.llama.vocab, (CLIPS, words))
-    slots_RS = np.full(tokens_RS.shape, -1)
-    slots_RS[:, 1:1 + 2 * queries] = np.arange(2 * queries)
-    return {"frames_BTHWC": draw.integers(0, 256, (CLIPS, times, size, size, 3), np.uint8),
-            "masks_BTHW": draw.integers(0, 256, (CLIPS, times, size, size), np.uint8), "tokens_RS": tokens_RS, "slots_RS": slots_RS}
-
-
-def expected_values(params: dict, config: ModelConfig, size: int, mesh=None, strategy: str = "replicated") -> dict[str, np.ndarray]:
-    """`random_inputs` and JAX's results: visual_BQD, video_BQZ, motion_BQZ, logits_RSV, greedy_RN, all computed in float32.
-
-    Parameters keep their dtype where they lie and are widened layer by layer.  size: side of the pictures in pixels.
-    """
-    wide = dataclasses.replace(config, frozen_dtype="float32", compute_dtype="float32", remat="none")
-    inputs = random_inputs(config, size)
-    narrow = {k: v.astype(np.int32) if v.dtype == np.int64 else v for k, v in inputs.items()}
-    new = min(NEW, config.llama.max_positions - inputs["tokens_RS"].shape[1])
-    with use(mesh, strategy) if mesh is not None else contextlib.nullcontext(), jax.default_matmul_precision("highest"):
-        outputs = _program(wide, new, replicated(mesh) if mesh is not None else None)(params, narrow)
-    return inputs | {f"jax/{name}": np.asarray(value.addressable_data(0)) for name, value in outputs.items()}
-
-
-@functools.lru_cache(8)
-def _program(config: ModelConfig, new_tokens: int, place):
-    """The jitted f(params, inputs) -> results of `expected_values`, each whole on every device of `place`."""
-    def run(params, inputs):
-        model, tokens_RS = bind(config, params), inputs["tokens_RS"]
-        whole_B4 = np.tile(np.float32([0, 0, 1, 1]), (CLIPS, 1))
-        tokens = model.image_tokens({"frames_BTHWC": inputs["frames_BTHWC"], "mask_BTHW": inputs["masks_BTHW"], "crop_B4": whole_B4})
-        visual_BQD, video_BQZ, motion_BQZ = model.branch_tokens(*tokens)
-        clip_RS = np.broadcast_to(np.arange(CLIPS)[:, None], tokens_RS.shape)
-        x_RSD = model.embed_rows({"tokens_RS": tokens_RS, "slot_RS": inputs["slots_RS"], "clip_RS": clip_RS}, visual_BQD)
-        ones_RS, position_RS = np.ones(tokens_RS.shape, np.int32), np.broadcast_to(np.arange(tokens_RS.shape[1]), tokens_RS.shape)
-        logits_RSV = model.llama.logits(model.llama.hidden(x_RSD, ones_RS, position_RS))
-        prompts = Prompts(x_RSD, ones_RS > 0, np.full(CLIPS, tokens_RS.shape[1], np.int32))
-        return {"visual_BQD": visual_BQD, "video_BQZ": video_BQZ, "motion_BQZ": motion_BQZ, "logits_RSV": logits_RSV,
-                "greedy_RN": greedy_ids(model.llama, prompts, new_tokens, (EOS,))}
-    return jax.jit(run, out_shardings=place)
 
 
 # ------------------------------------------------------------------------------------------------ bytes
@@ -176,35 +123,50 @@ def _described(tensor) -> dict:
 
 
 def check_graph(folder: Path) -> tuple[dict, list[str]]:
-    """Makes vision.pt2 (torch.export of the vision side), reads it back and compares."""
+    """Reads vision.pt2 (torch.export of the vision side) and compares; makes it first where it is missing."""
     from hawk_jax.convert.vision_graph import check_vision, export_vision
-    file = export_vision(folder)
+    made = not (folder / GRAPH).is_file()
+    if made:
+        export_vision(folder)
     error = check_vision(folder)
-    lines = [] if error <= TOLERANCE else [f"{file.name} differs from the model by {error:.1e} of its largest value"]
-    return {"vision.pt2": {"relative": error, "tolerance": TOLERANCE, "bytes": file.stat().st_size}}, lines
+    lines = [] if error <= TOLERANCE else [f"{GRAPH} differs from the model by {error:.1e} of its largest value"]
+    file = torch_files.describe(folder, [folder / GRAPH])[GRAPH]
+    return {GRAPH: {"made": made, "relative": error, "tolerance": TOLERANCE, **file}}, lines
 
 
-def check_answers(folder: Path, evaluation: Path, videos: Path) -> tuple[dict, list[str]]:
-    """Asks the folder's model what `evaluate` asked JAX's, from the video files themselves; texts must be the same word for word.
+class Asked(NamedTuple):
+    """What `evaluate` asked about one video, and what JAX said."""
+    video: Path
+    questions: list[str | None]
+    said: list[str]
 
-    evaluation: folder with outputs.jsonl; videos: folder that its sources start from.
-    """
-    from transformers import AutoModel
+
+def read_asked(evaluation: Path, videos: Path) -> list[Asked]:
+    """The rows of outputs.jsonl in `evaluation`; sources start from `videos`.  Raises HawkError for what is not there."""
     try:
         rows = [json.loads(line) for line in (evaluation / "outputs.jsonl").read_text().splitlines()]
-        asked = [(row["source"], [None, *(a["question"] for a in row["answers"])],
-                  [row["description"], *(a["answer"] for a in row["answers"])])
-                 for row in rows]
+        asked = [Asked(videos / row["source"], [None, *(a["question"] for a in row["answers"])],
+                       [row["description"], *(a["answer"] for a in row["answers"])]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HawkError(f"{evaluation} is not what `evaluate` wrote (outputs.jsonl: {type(error).__name__} {error})") from error
+        raise HawkError(f"--evaluation {evaluation} is not what `evaluate` wrote (outputs.jsonl: {type(error).__name__} "
+                        f"{error})") from error
+    if missing := [one.video for one in asked if not one.video.exists()]:
+        raise HawkError(f"--videos {videos} lacks {missing[0].relative_to(videos)} and {len(missing) - 1} more of {len(asked)} videos; "
+                        "name the folder that the annotations' paths start from")
+    return asked
+
+
+def check_answers(folder: Path, asked: list[Asked]) -> tuple[dict, list[str]]:
+    """Asks the folder's model what `evaluate` asked JAX's, from the video files themselves; texts must be the same word for word."""
+    from transformers import AutoModel
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="float32", local_files_only=True).eval()
     texts, equal, lines = 0, 0, []
-    for source, questions, expected in tqdm(asked, desc="asking", unit="clip"):
-        for question, said, says in zip(questions, expected, model.generate(str(videos / source), questions)):
-            texts, equal = texts + 1, equal + (said == says)
-            if said != says and not lines:
-                lines.append(f"{source}, {question or 'description'}: JAX said {said!r}, the folder says {says!r}")
-    return {"answers": {"texts": texts, "equal": equal, "different ones": len({t for *_, expected in asked for t in expected})}}, lines
+    for video, questions, said in tqdm(asked, desc="asking", unit="clip"):
+        for question, theirs, ours in zip(questions, said, model.generate(str(video), questions)):
+            texts, equal = texts + 1, equal + (theirs == ours)
+            if theirs != ours and not lines:
+                lines.append(f"{video}, {question or 'description'}: JAX said {theirs!r}, the folder says {ours!r}")
+    return {"answers": {"texts": texts, "equal": equal, "distinct": len({t for one in asked for t in one.said})}}, lines
 
 
 # ------------------------------------------------------------------------------------------------ together
@@ -215,28 +177,56 @@ def _installed(*names: str) -> bool:
         return False
 
 
-def prove(folder: Path, evaluation: Path | None = None, videos: Path | None = None) -> dict:
-    """Makes and writes PROOF.json.  Raises HawkError if the folder is no export of this version.
-
-    evaluation, videos: as in `check_answers`; without them no questions are asked.
-    """
-    folder, start = Path(folder), time.perf_counter()
+def _manifest(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise HawkError(f"{folder}: no such folder")
+    if not (folder / "manifest.json").is_file():
+        raise HawkError(f"{folder} is not an export: it has no manifest.json (folders of save_pretrained cannot be proven)")
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"], manifest["tensors"]["model"], manifest["tensors"]["llama"]
+        return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HawkError(f"{folder} is not an export of this version (manifest.json: {type(error).__name__} {error}); "
                         "export again") from error
+
+
+def _earlier(folder: Path) -> dict:
+    """PROOF.json as it is, {} without one."""
+    try:
+        found = json.loads((folder / PROOF).read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_graph_file(folder: Path, earlier: dict) -> list[str]:
+    """vision.pt2 against what an earlier proof made or found equal."""
+    known = earlier.get(GRAPH, {}) if earlier.get("verdict") == EQUAL else {}
+    if "sha256" not in known or not (folder / GRAPH).is_file() or torch_files.sha256(folder / GRAPH) == known["sha256"]:
+        return []
+    return [f"{GRAPH} is not the file that was proven (sha256 differs); delete it and prove again, where torch is installed"]
+
+
+def prove(folder: Path, evaluation: Path | None = None, videos: Path | None = None) -> dict:
+    """Makes PROOF.json and writes it.  Raises HawkError if the folder is no export of this version, or there is nothing to ask about.
+
+    evaluation, videos: as in `read_asked`; without them no questions are asked.  Where nothing can be computed for want of torch, or
+    nothing was asked, what an earlier proof of the same files found stays.
+    """
+    folder, start = Path(folder), time.perf_counter()
+    manifest, asked, earlier = _manifest(folder), read_asked(evaluation, videos) if evaluation else [], _earlier(folder)
     counts, lines = check_bytes(folder, manifest)
-    report, computed, lines = {"bytes": counts}, False, lines or check_code(folder)
+    lines = lines or check_code(folder) or _check_graph_file(folder, earlier)
+    report, computed = {"bytes": counts}, False
     if not lines and _installed("torch", "transformers"):
         computed = True
+        from transformers.utils import logging
+        logging.disable_progress_bar()
         checks = [lambda: check_values(folder, manifest), lambda: check_graph(folder)]
-        for check in [*checks, lambda: check_answers(folder, evaluation, videos)] if evaluation else checks:
+        for check in [*checks, lambda: check_answers(folder, asked)] if asked else checks:
             try:
                 found, wrong = check()
-            except HawkError:
-                raise
             except Exception as error:      # whatever torch or transformers raise: the folder does not open
                 found, wrong = {}, [f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"]
             report, lines = report | found, lines + wrong
@@ -245,20 +235,25 @@ def prove(folder: Path, evaluation: Path | None = None, videos: Path | None = No
     proof = {"verdict": verdict, "differences": lines, **report, "seconds": round(time.perf_counter() - start, 1),
              "versions": {"python": platform.python_version(), **packages}, "machine": platform.machine(),
              "again": "python -m hawk_jax prove FOLDER"}
-    (folder / PROOF).write_text(json.dumps(proof, indent=1))
+    if verdict == EQUAL and earlier.get("verdict") == EQUAL:
+        proof = {key: value for key, value in earlier.items() if key == "answers"} | proof
+    if verdict != TORCH_ABSENT or earlier.get("verdict") != EQUAL:
+        (folder / PROOF).write_text(json.dumps(proof, indent=1) + "\n")
     return proof
 
 
 def report_text(proof: dict) -> str:
     """What a person reads of a proof."""
-    rows = [f"{'read back':28} {', '.join(f'{n} {what}' for what, n in proof['bytes'].items())}"]
+    rows = [f"{'read back':28} {', '.join(f'{n} {what}' for what, n in proof['bytes'].items()) or 'no'}"]
     rows += [f"{e['name']:28} {e['relative']:.1e} of the largest value (tolerance {e['tolerance']:.0e})" for e in proof.get("forward", [])]
     if greedy := proof.get("greedy"):
         rows.append(f"{'greedy tokens':28} {greedy['equal']} of {greedy['tokens']} equal")
+    if graph := proof.get(GRAPH):
+        made = "made here, " if graph["made"] else ""
+        rows.append(f"{GRAPH:28} {made}{graph['relative']:.1e} of the largest value (tolerance {graph['tolerance']:.0e})")
     if answers := proof.get("answers"):
-        rows.append(f"{'answers from video files':28} {answers['equal']} of {answers['texts']} word for word")
-    if graph := proof.get("vision.pt2"):
-        rows.append(f"{'vision.pt2':28} {graph['relative']:.1e} of the largest value (tolerance {graph['tolerance']:.0e})")
+        rows.append(f"{'answers from video files':28} {answers['equal']} of {answers['texts']} word for word, {answers['distinct']} "
+                    "distinct")
     return "\n".join([*rows, *proof["differences"], f"verdict: {proof['verdict']}"])
 
 

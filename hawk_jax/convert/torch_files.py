@@ -125,7 +125,9 @@ def check(folder: Path, files: Mapping[str, dict]) -> None:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise TorchFileError(f"{folder}/manifest.json names {name}, which lies outside the folder; it was changed")
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise TorchFileError(f"{path} is missing or not {entry['bytes']} bytes long; export again or copy it whole")
+        if not path.is_file():
+            raise TorchFileError(f"{path} is missing; export again or copy the folder whole")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise TorchFileError(f"{path} has {size} bytes, written were {entry['bytes']}; export again or copy it again")
         if sha256(path) != entry["sha256"]:
             raise TorchFileError(f"{path} is not the file that was written (sha256 differs); export again or copy it again")
