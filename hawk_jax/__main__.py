@@ -27,7 +27,7 @@ COMMANDS = {   # name: (what it does, function that adds arguments, function tha
                "export configs/demo.py:stage2 --out exported"),
     "prove": ("compare an exported folder with what JAX computed before it was written", c.prove_arguments, c.prove, "prove exported"),
     "verify": ("compare every reference file of a folder with what this project computes", c.verify_arguments, c.verify,
-               "verify --goldens ../shared/goldens/hawk --json verify.json"),
+               "verify --goldens goldens/hawk --json verify.json"),
 }
 
 

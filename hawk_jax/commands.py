@@ -187,6 +187,8 @@ def export_arguments(p):
     p.add_argument("--out", type=Path, required=True, help="folder that AutoModel.from_pretrained opens")
     p.add_argument("--pth", choices=("released", "full", "none"), default="released",
                    help="hawk.pth of the authors' layout: what their code saves (165 tensors, default), the whole model, or no such file")
+    p.add_argument("--proof", choices=("full", "bytes"), default="full",
+                   help="full (default): where torch is installed its results are compared too, which needs the model in float32 in memory")
     p.add_argument("--step", type=int, default=None, help="which checkpoint (default: the best, the newest if none was validated)")
 
 
@@ -195,7 +197,7 @@ def export(args):
     from hawk_jax.pipeline import export_run
     c = _load(args)
     start_processes()
-    if text := export_run(c, args.out, args.pth, args.step):
+    if text := export_run(c, args.out, args.pth, args.step, args.proof == "full"):
         print(text)
 
 

@@ -98,11 +98,11 @@ def evaluate_run(c: HawkConfig, split: str, labels: Path | None, out: Path) -> d
     return evaluate(c, params, live, split, out, labels=labels, mesh=mesh)
 
 
-def export_run(c: HawkConfig, out: Path, pth: str = "released", step: int | None = None) -> str:
+def export_run(c: HawkConfig, out: Path, pth: str = "released", step: int | None = None, compute: bool = True) -> str:
     """Writes and proves a folder for PyTorch; returns lines that say what was written."""
     from hawk_jax.convert.export import export
     params, mesh = load_params(c, step)
-    return export(params, c, out, mesh=mesh, pth=pth)
+    return export(params, c, out, mesh=mesh, pth=pth, compute=compute)
 
 
 # ------------------------------------------------------------------------------------------------ the demo

@@ -21,6 +21,7 @@ from toy_run import one_device, quick_compile, toy_config, toy_params
 from data.text import Tokenizer
 from hawk_jax.__main__ import main
 from hawk_jax.config import HawkConfig, HawkError, InputConfig, LlamaConfig, ModelConfig, PrepareConfig
+from hawk_jax.convert import export as module
 from hawk_jax.convert import hf_folder, keys, proof, torch_files
 from hawk_jax.convert.export import export, released_names
 from hawk_jax.convert.proof import prove
@@ -215,7 +216,7 @@ def test_a_flipped_bit_is_noticed(exported, tmp_path, monkeypatch, bytes_only):
 def test_prove_without_torch_and_on_changed_folders(exported, tmp_path, monkeypatch, capsys, bytes_only):
     _, config, params = exported
     said = export(params, config, tmp_path / "out")
-    assert "no torch here" in said and f"python -m hawk_jax prove {tmp_path / 'out'}" in said
+    assert "nothing was computed" in said and f"python -m hawk_jax prove {tmp_path / 'out'}" in said
     monkeypatch.setattr(proof, "_installed", lambda *names: False)
     assert main(["prove", str(tmp_path / "out")]) == 0 and "verdict: bytes equal" in capsys.readouterr().out
     weights = tmp_path / "out" / "model.safetensors"
@@ -377,3 +378,54 @@ def test_a_fault_of_the_writing_process_ends_both(run_folder, tmp_path):
     said = [run.communicate(timeout=120)[1] for run in runs]
     assert [run.returncode for run in runs] == [2, 2]
     assert "holds no export" in said[0] and "process 0" in said[1]
+
+
+# ------------------------------------------------------------------------------------------------ what `prove` runs and keeps
+def test_code_that_a_configuration_names_elsewhere_is_not_run(exported, tmp_path):
+    """transformers runs what `auto_map` names, which may be any folder."""
+    folder, *_ = exported
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for file in ("config.json", "llama/config.json"):
+        settings = json.loads((folder / file).read_text()) | {"auto_map": {"AutoModel": f"{tmp_path}/evil--evil.Evil"}}
+        (tmp_path / "copy" / file).write_text(json.dumps(settings))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"] |= torch_files.describe(tmp_path / "copy", [tmp_path / "copy" / file])
+        (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
+        assert "nothing is run" in prove(tmp_path / "copy")["differences"][0] and not (tmp_path / "ran").exists()
+        shutil.copy(folder / file, tmp_path / "copy" / file)
+
+
+def test_a_proof_is_not_replaced_by_a_weaker_one_and_notices_another_graph(exported, tmp_path, monkeypatch):
+    folder, *_ = exported
+    shutil.copytree(folder, tmp_path / "copy")
+    strong = (tmp_path / "copy" / "PROOF.json").read_text()
+    assert prove(tmp_path / "copy", compute=False)["verdict"] == "bytes equal; nothing was computed"
+    assert (tmp_path / "copy" / "PROOF.json").read_text() == strong
+    graph = bytearray((tmp_path / "copy" / "vision.pt2").read_bytes())
+    graph[len(graph) // 2] ^= 1
+    (tmp_path / "copy" / "vision.pt2").write_bytes(graph)
+    found = prove(tmp_path / "copy", compute=False)
+    assert found["verdict"] == "differs" and "vision.pt2 is not the file that was proven" in found["differences"][0]
+    with pytest.raises(HawkError, match="outputs.jsonl"):
+        prove(tmp_path / "copy", tmp_path, tmp_path)
+    (tmp_path / "outputs.jsonl").write_text('{"source": "a.mp4", "description": "x", "answers": []}\n')
+    with pytest.raises(HawkError, match="lacks a.mp4"):
+        prove(tmp_path / "copy", tmp_path, tmp_path)
+
+
+def test_a_proof_that_dies_is_no_proof(exported, tmp_path, monkeypatch, bytes_only):
+    """As where the machine runs out of memory: the folder is whole, and kept, under a name that says it is not proven."""
+    _, config, params = exported
+    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, -9, "", ""))
+    with pytest.raises(HawkError, match="not proven: .* status -9 .*kept as .*out.unproven"):
+        export(params, config, tmp_path / "out", pth="none")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.unproven"]
+
+
+def test_a_graph_says_nothing_of_the_machine_that_made_it(exported):
+    import zipfile
+    with zipfile.ZipFile(exported[0] / "vision.pt2") as archive:
+        content = b"".join(archive.read(name) for name in archive.namelist())
+    assert str(ROOT).encode() not in content and b"/tmp" not in content and b".py" not in content

@@ -31,7 +31,7 @@ from hawk_jax.convert.expected import EXPECTED, expected_values
 from hawk_jax.convert.hf_folder import write_folder
 from hawk_jax.convert.keys import TO_TORCH, Entry, buffers, table, to_torch
 from hawk_jax.convert.lazy import open_safetensors
-from hawk_jax.convert.proof import PROOF, TORCH_ABSENT
+from hawk_jax.convert.proof import BYTES_EQUAL, DIFFERS, PROOF, UNPROVEN
 from hawk_jax.convert.pth import write_pth
 from hawk_jax.models.build import abstract_params, flatten
 from hawk_jax.training.frozen import put_in_place
@@ -169,45 +169,48 @@ def _write_all(folder: Path | None, params: dict, config: HawkConfig, expected: 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an export.  A frozen tree has a manifest of the same name, and must not be replaced."""
     try:
-        return "files" in json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        return {"format", "files"} <= json.loads((folder / "manifest.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
         return False
 
 
 def _check(params: dict, config: HawkConfig, out: Path) -> None:
-    for folder in (out, differs(out)):
+    for folder in (out, aside(out, DIFFERS), aside(out, UNPROVEN)):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not is_export(folder):
             raise HawkError(f"{folder} exists and holds no export; name another folder")
     if missing := sorted(flatten(abstract_params(config.model)).keys() - flatten(params).keys()):
         raise HawkError(f"the parameters lack {'/'.join(missing[0])} and {len(missing) - 1} more: an export needs the whole model")
 
 
-def differs(out: Path) -> Path:
+def aside(out: Path, verdict: str) -> Path:
     """Where a folder that did not pass its proof is left."""
-    return out.with_name(f"{out.name}.differs")
+    return out.with_name(f"{out.name}.{verdict}")
 
 
-def prove_afresh(folder: Path) -> dict:
+def prove_afresh(folder: Path, compute: bool) -> dict:
     """PROOF.json of a folder, made by a process that knows nothing of this one; {"verdict": ...} at least."""
     # the accelerator is this process's; transformers must not go looking in the network or in copies of another folder's code
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     for name in [n for n in environment if n.startswith(("JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS_ID", "SLURM_STEP", "OMPI_"))]:
         del environment[name]
-    done = subprocess.run([sys.executable, "-m", "hawk_jax.convert.proof", str(folder)], env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-m", "hawk_jax.convert.proof", str(folder.resolve()), *([] if compute else ["--bytes"])]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          cwd=Path(__file__).parents[2])
     try:
         return json.loads((folder / PROOF).read_text())
     except (OSError, ValueError):
-        return {"verdict": "differs", "differences": [f"the proof ended with status {done.returncode}: {done.stdout.strip()[-300:]}"]}
+        why = f"ended with status {done.returncode} (-9: probably out of memory; --proof bytes computes nothing)"
+        return {"verdict": UNPROVEN, "differences": [f"the process that reads it again {why} {done.stdout.strip()[-300:]}"]}
 
 
 def export(params: dict, config: HawkConfig, out: Path, *, mesh=None, pth: Pth = "released",
-           shard_bytes: int = torch_files.SHARD_BYTES) -> str:
+           shard_bytes: int = torch_files.SHARD_BYTES, compute: bool = True) -> str:
     """Writes a whole parameter tree to `out`, proves what was written, and returns lines that say what that was.
 
-    params: tree of arrays on `mesh` (None: one device, or numpy).  An earlier export in `out` is replaced at the end.  Raises HawkError
-    if `out` holds anything else, the tree is incomplete or not finite, the disk is full, or what was read back differs (the folder is
-    then at OUT.differs).  On several processes every one must call it, and all see the same files.
+    params: tree of arrays on `mesh` (None: one device, or numpy).  compute=False: only bytes are compared, even where torch is installed,
+    which at 7B needs some 30 GB of memory.  An earlier export in `out` is replaced at the end.  Raises HawkError if `out` holds anything
+    else, the tree is incomplete or not finite, the disk is full, what was read back differs (the folder is then at OUT.differs), or it
+    could not be read to the end (OUT.unproven).  On several processes every one must call it, and all see the same files.
     """
     out, first = Path(out), jax.process_index() == 0
     new, outcome = out.with_name(f".{out.name}.writing"), []
@@ -225,7 +228,7 @@ def export(params: dict, config: HawkConfig, out: Path, *, mesh=None, pth: Pth =
             with _to(out):
                 _write_all(new if first else None, params, config, expected, pth, shard_bytes)
                 if first:
-                    outcome.append(_finish(new, out))
+                    outcome.append(_finish(new, out, compute))
         finally:
             if first:
                 shutil.rmtree(new, ignore_errors=True)
@@ -258,19 +261,22 @@ def _together(work, here: bool) -> None:
         raise failure
 
 
-def _finish(new: Path, out: Path) -> str:
+def _finish(new: Path, out: Path, compute: bool) -> str:
     """Proves the folder and puts it in place; what to tell a person."""
-    proof, count = prove_afresh(new), sum(len(part) for part in json.loads((new / "manifest.json").read_text())["tensors"].values())
-    files = [f for f in new.rglob("*") if f.is_file()]
-    size = sum(f.stat().st_size for f in files)
-    if proof["verdict"] == "differs":
-        put_in_place(new, differs(out))
-        raise HawkError(f"what was written does not read back equal: {proof['differences'][0]}; the folder is kept as {differs(out)}, see "
-                        f"{PROOF} in it")
+    manifest = json.loads((new / "manifest.json").read_text())
+    proof, count = prove_afresh(new, compute), sum(map(len, manifest["tensors"].values()))
+    if (verdict := proof["verdict"]) in (DIFFERS, UNPROVEN):
+        put_in_place(new, place := aside(out, verdict))
+        what = "what was written does not read back equal" if verdict == DIFFERS else "what was written is not proven"
+        raise HawkError(f"{what}: {proof['differences'][0]}; the folder is kept as {place}")
+    replaced = out.exists()
     put_in_place(new, out)
-    if differs(out).exists():
-        shutil.rmtree(differs(out))         # of an earlier attempt
-    lines = [f"{count} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {out}", f"proof: {proof['verdict']}"]
-    if proof["verdict"] == TORCH_ABSENT:
+    for old in (aside(out, DIFFERS), aside(out, UNPROVEN)):
+        shutil.rmtree(old, ignore_errors=True)          # of an earlier attempt
+    files = [f for f in out.rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files)
+    instead = ", in place of an earlier export" if replaced else ""
+    lines = [f"{count} tensors in {len(files)} files, {size / 1e6:.1f} MB, in {out}{instead}", f"proof: {verdict}"]
+    if verdict == BYTES_EQUAL:
         lines.append(f"where torch and transformers are installed: python -m hawk_jax prove {out}")
     return "\n".join(lines)

@@ -133,9 +133,14 @@ def place_names(layout: Layout, tensors: Mapping[str, Lazy], place: Path, ignore
 
 
 # ------------------------------------------------------------------------------------------------ LLaMA's config.json
-REFUSED = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")}
+REFUSED = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"), "quantization_config": (None,),
+           "partial_rotary_factor": (None, 1.0)}
 SETTINGS = {"vocab": "vocab_size", "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
             "mlp": "intermediate_size", "eps": "rms_norm_eps", "max_positions": "max_position_embeddings"}
+
+
+def _positive(value, real: bool) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float) if real else int) and value > 0
 
 
 def read_llama_config(folder: Path) -> tuple[LlamaConfig, bool]:
@@ -153,6 +158,10 @@ def read_llama_config(folder: Path) -> tuple[LlamaConfig, bool]:
         raise KeyTableError(f"{file} is damaged: {error}") from error
     except KeyError as error:
         raise KeyTableError(f"{file} lacks {error.args[0]}: is it that of a LlamaForCausalLM?") from None
+    odd = [theirs for ours, theirs in SETTINGS.items() if ours in options and not _positive(options[ours], ours == "eps")]
+    odd += [n for n in ("rope_scaling", "rope_parameters") if not isinstance(stated.get(n) or {}, dict)]
+    if odd:
+        raise KeyTableError(f"{file} has {odd[0]}={stated[odd[0]]!r}, which cannot be; the file is damaged")
     if stated.get("model_type", "llama") != "llama":
         raise KeyTableError(f"{file} is of model_type {stated['model_type']!r}; only llama decoders fit")
     for name, allowed in REFUSED.items():
@@ -204,9 +213,9 @@ def gather(sources: Sources, config: HawkConfig) -> tuple[dict[str, Found], dict
         found |= {key: Found(lazy, f"seeded: {key}") for key, lazy in seeded(config.model).items()}
     for option, place in places.items():
         new, passed[option] = place_names(layouts[option], _open(option, place), place, sources.ignore)
-        if option == "--hawk" and not own_motion and "query_tokens_motion" in new and "query_tokens" not in new:
-            raise KeyTableError(f"{place} holds query_tokens_motion, but the configuration shares one encoder; set model.qformer_copies=2, "
-                                "or pass over them: --ignore query_tokens_motion")
+        if option == "--hawk" and not own_motion and "query_tokens_motion" in new and "query_tokens" not in found | new:
+            raise KeyTableError(f"{place} holds trained values only, not the frozen part they belong to: give --eva, --blip2 and --llama "
+                                "too (a file of `export --pth full` holds all)")
         found |= new
     if own_motion and (sources.motion == "seeded" or "--motion-qformer" in places or "--hawk" in places):
         found |= _motion_defaults(config, found)

@@ -3,6 +3,7 @@
 Layer by layer: what is read is converted, hashed, written and dropped, so that a 7B model needs the memory of a few tensors.  Everything
 that can be known before (names, shapes, hashes of the sources, places to write to) is checked before anything is written.
 """
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -23,7 +24,7 @@ from hawk_jax.mesh import make_mesh
 from hawk_jax.models import build
 from hawk_jax.training import freeze
 from hawk_jax.training.checkpoint import Checkpoints
-from hawk_jax.training.frozen import IN_NO_SHAPE, Stream, check_place, save_frozen
+from hawk_jax.training.frozen import IN_NO_SHAPE, Stream, check_place, read_manifest, save_frozen
 from hawk_jax.training.state import INITIAL, init_state, random_key
 
 CHUNK = 1 << 22     # bytes read at once for a hash
@@ -44,6 +45,7 @@ class Imported(NamedTuple):
     passed: dict[str, list[str]]    # option: names that were passed over
     casts: dict[str, int]           # "float16 -> bfloat16": tensors
     checkpoint: Path | None
+    notes: list[str]                # what a person might not expect
 
 
 # ------------------------------------------------------------------------------------------------ configuration and sources
@@ -75,7 +77,7 @@ def hash_sources(sources: Sources, expected: Mapping[str, str]) -> dict[str, dic
     """
     files = {option: files_of(place) + ([place / "config.json"] if option == "--llama" else [])
              for option, place in sources.places().items()}
-    left, described = dict(expected), {}
+    left, described = set(expected), {}
     total = sum(file.stat().st_size for group in files.values() for file in group)
     with tqdm(total=total, unit="B", unit_scale=True, desc="sha256 of the sources") as bar:
         for option, group in files.items():
@@ -83,11 +85,13 @@ def hash_sources(sources: Sources, expected: Mapping[str, str]) -> dict[str, dic
             for file in group:
                 found = _sha256(file, bar)
                 described[option]["files"][file.name] = {"bytes": file.stat().st_size, "sha256": found}
-                for name in [n for n in left if n in (str(file), file.name)]:
-                    if (wanted := left.pop(name).lower()) != found:
-                        raise ImportFault(f"{file} has sha256 {found}, expected was {wanted}; nothing was written. Get the file again")
+                for name in {str(file), file.name} & expected.keys():
+                    left.discard(name)
+                    if expected[name].lower() != found:
+                        raise ImportFault(f"{file} has sha256 {found}, expected was {expected[name]}; nothing was written. Get the file "
+                                          "again")
     if left:
-        raise ImportFault(f"--expect-sha256 {next(iter(left))}: no such file among the sources")
+        raise ImportFault(f"--expect-sha256 {min(left)}: no such file among the sources")
     return described
 
 
@@ -134,8 +138,10 @@ def _bytes_of(leaves: Mapping[tuple, Stream]) -> int:
 def load_foreign(sources: Sources, config: HawkConfig, mesh) -> dict:
     """The frozen tree on a mesh, straight from the files; config must have the decoder's options (`with_decoder_of`).
 
-    One leaf at a time is in this process's memory.  Raises LazyError or KeyTableError for files that do not fit.
+    One leaf at a time is in this process's memory.  Raises LazyError, KeyTableError or ImportFault for files that do not fit.
     """
+    if changed := with_decoder_of(config, sources)[1]:      # heads, eps and rotary base show in no shape
+        raise ImportFault(f"the decoder's config.json differs from the configuration: {'; '.join(changed)} (configuration -> there)")
     found, _ = gather(sources, config)
     _, frozen = _split(streams(found, config), config)
     places, values = build.flatten(build.shardings(config.model, mesh, config.mesh.strategy)), {}
@@ -177,7 +183,7 @@ def _save_run(config: HawkConfig, trainable: Mapping[tuple, Stream], run: Path, 
         with Checkpoints(config, run) as checkpoints:
             checkpoints.save(init_state(config, mesh, _nested(params)), 0, frozen_hash)
             checkpoints.wait()
-    except HawkError:
+    except BaseException:       # Ctrl-C too
         shutil.rmtree(run if fresh else folder, ignore_errors=True)
         raise
     return folder / "0"
@@ -207,6 +213,7 @@ def import_weights(sources: Sources, config: HawkConfig, out: Path, run: Path | 
     found, passed = gather(sources, config)
     trainable, frozen = _split(streams(found, config), config)
     _check_run(run, trainable, sources)
+    make_mesh(config.mesh)      # refuses a mesh that does not fit before hours of work, not after
     described = hash_sources(sources, expected)
     _check_trainable(trainable, run)
     motion = sources.motion or ("copy" if config.model.qformer_copies == 1 else "from --hawk")
@@ -214,12 +221,26 @@ def import_weights(sources: Sources, config: HawkConfig, out: Path, run: Path | 
                   "motion_qformer": motion + (" (unverified: see docs/weights.md)" if motion == "seeded" else "")}
     llama = config.model.llama
     decoder = {name: getattr(llama, name) for name in IN_NO_SHAPE} | {"kv_heads": llama.groups}
+    notes = _notes(sources, trainable, run, out)
     with tqdm(total=_bytes_of(frozen), unit="B", unit_scale=True, desc="frozen tree") as bar:
         tree = _nested({path: _watched(leaf, bar) for path, leaf in sorted(frozen.items())})
         frozen_hash = save_frozen(out, tree, provenance, decoder)
     checkpoint = _save_run(config, trainable, Path(run), frozen_hash) if run else None
     return Imported(config, changed, frozen_hash, len(found), _bytes_of(frozen), time.monotonic() - start, passed, provenance["casts"],
-                    checkpoint)
+                    checkpoint, notes)
+
+
+def _notes(sources: Sources, trainable: Mapping, run: Path | None, out: Path) -> list[str]:
+    """What a person should hear besides what was done."""
+    notes = []
+    if trainable and run is None:
+        notes.append(f"{len(trainable)} trained parameters were NOT kept: give --run FOLDER for them")
+    if sources.motion == "seeded":
+        notes.append("the motion branch's image Q-Former was drawn from seed 42: unverified, see docs/weights.md")
+    if out.exists() and any(out.iterdir()):
+        with contextlib.suppress(HawkError):
+            notes.append(f"replaced the frozen tree {read_manifest(out)['hash']}: runs that were trained on it no longer find it")
+    return notes
 
 
 def summary(done: Imported, out: Path) -> str:
@@ -231,7 +252,8 @@ def summary(done: Imported, out: Path) -> str:
     lines.append(f"{done.tensors} tensors, {done.bytes / 1e9:.3f} GB in {done.seconds:.1f} s; frozen tree {done.frozen_hash} in {out}")
     if done.checkpoint:
         lines.append(f"trained values: {done.checkpoint}")
-    if done.changed:
-        options = [change.split(":")[0].split(" ")[0] for change in done.changed]
-        lines.append(f"set in CONFIG from now on: {', '.join(options)}")
+    if done.changed:        # each is `option: old -> new`
+        lines.append("set in CONFIG from now on: " + ", ".join(
+            f"{option}={new}" for option, _, new in (change.replace(" -> ", ": ").split(": ") for change in done.changed)))
+    lines += done.notes
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def kind_of(name: str, info: dict) -> Kind:
     for kind in KINDS:
         if name.startswith(kind.stem):
             return kind
-    raise UnitError(f"no such kind of unit: {info.get('unit')!r}")
+    raise UnitError(f"no such kind of unit: {info['unit']!r}" if "unit" in info else 'its JSON says no "unit"')
 
 
 def verify_unit(unit: Unit, kind: Kind, first_failure_ends: bool = False) -> list[Comparison]:
@@ -140,7 +140,11 @@ def _quick_compile():
         jax.config.update(name, before)
 
 
-def verify(folder: Path, report: Path | None = None, show=print) -> bool:
+def _say(line: str) -> None:
+    print(line, flush=True)         # one line a minute: a pipe would keep them to the end
+
+
+def verify(folder: Path, report: Path | None = None, show=_say) -> bool:
     """Verifies every unit in a folder, shows a line for each as it is done, and says whether all passed.
 
     report: JSON file for every tensor's errors.  Raises HawkError if there is no folder or nothing in it.

@@ -130,7 +130,7 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UnitError(f"{path.name} is missing") from None
     # a dtype that numpy lacks is a KeyError or a TypeError, depending on the library's version
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UnitError(f"{path.name} cannot be read: {_line(error)}") from error
+        raise UnitError(f"{path.name} cannot be read, it is damaged or was cut off: {_line(error)}") from error
 
 
 def read_tensors(folder: Path, name: str, info: dict) -> dict[str, np.ndarray]:
@@ -193,7 +193,7 @@ class Sheet:
     def equal(self, what: str, ours, theirs) -> None:
         """Two texts, or lists of numbers, that must be the same."""
         same = ours == theirs
-        note = "" if same else f"{_short(ours)} here, {_short(theirs)} in the file"
+        note = "" if same else _difference(ours, theirs)
         self._add(Comparison(what, "exact", float(not same), float(not same), float(not same), 0.0, same, note))
 
     def leave_out(self, name: str, why: str) -> None:
@@ -212,6 +212,15 @@ class Sheet:
         self.lines.append(line)
         if self.first_failure_ends and not line.passed:
             raise Enough
+
+
+def _difference(ours, theirs) -> str:
+    """Where two values differ first."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        here, there = (_short(x[at]) if at < len(x) else "nothing" for x in (ours, theirs))
+        return f"[{at}] is {here} here, {there} in the file"
+    return f"{_short(ours)} here, {_short(theirs)} in the file"
 
 
 def _short(value) -> str:

@@ -45,8 +45,18 @@ def export_vision(folder: Path) -> Path:
     clips = {0: torch.export.Dim("clips", min=1)}
     with torch.no_grad():
         program = torch.export.export(graph, _example(pictures, 2, 0), dynamic_shapes=(clips, clips, clips))
+    _forget(program)
     torch.export.save(program, folder / NAME)
     return folder / NAME
+
+
+def _forget(program) -> None:
+    """Removes what says where and from which lines a graph was traced, and its example: paths of this machine, half of the file."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if hasattr(module, "graph") else ():
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
+                node.meta.pop(key, None)
+    program.example_inputs = None
 
 
 def check_vision(folder: Path) -> float:

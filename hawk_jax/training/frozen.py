@@ -202,7 +202,9 @@ def _check_leaves(folder: Path, leaves: dict, wanted: dict) -> None:
     for name, leaf in sorted(leaves.items()):
         here, there = (leaf["dtype"], tuple(leaf["shape"])), (wanted[name].dtype.name, tuple(wanted[name].shape))
         if here != there:
-            raise FrozenError(f"{folder}: {name} is {here[0]}{list(here[1])}, this model configuration needs {there[0]}{list(there[1])}")
+            hint = f"; set model.frozen_dtype={here[0]}" if here[1] == there[1] else ""
+            raise FrozenError(f"{folder}: {name} is {here[0]}{list(here[1])}, this model configuration needs {there[0]}{list(there[1])}"
+                              f"{hint}")
 
 
 def check_decoder(folder: Path, options) -> None:

@@ -138,8 +138,11 @@ class HawkModel(PreTrainedModel):
             if not held.keys() & {"dtype", "torch_dtype"}:
                 held["dtype"] = model.dtype
             subfolder = f"{place.get('subfolder', '')}/{DECODER}".lstrip("/")
-            model.llama_model, decoder_info = LlamaForCausalLM.from_pretrained(
-                pretrained_model_name_or_path, **place | {"subfolder": subfolder}, **held, output_loading_info=True)
+            try:
+                model.llama_model, decoder_info = LlamaForCausalLM.from_pretrained(
+                    pretrained_model_name_or_path, **place | {"subfolder": subfolder}, **held, output_loading_info=True)
+            except OSError as error:        # transformers names the folder without its subfolder
+                raise OSError(f"the decoder in {pretrained_model_name_or_path}/{subfolder} cannot be read: {error}") from error
             info["missing_keys"] = {*info["missing_keys"], *decoder_info["missing_keys"]}
         if info["missing_keys"]:
             raise OSError(f"{pretrained_model_name_or_path} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}"
@@ -148,10 +151,9 @@ class HawkModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, **kwargs):
-        """The folder it came from: the part before the decoder, the decoder in `llama`, the processor's files."""
+        """The part before the decoder, the decoder in `llama`, code and the processor's files; no proof, card or graph."""
         kwargs.pop("state_dict", None)
-        if self.llama_model is not None:
-            self.llama_model.save_pretrained(Path(save_directory) / DECODER)
+        self.decoder.save_pretrained(Path(save_directory) / DECODER)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
             self.processor.save_tokenizer(Path(save_directory) / DECODER)
@@ -205,9 +207,16 @@ class HawkModel(PreTrainedModel):
         return self.vision(frames, masks, motion_frames, chunk).visual_BQD
 
     # ------------------------------------------------------------------------------------------ decoder
+    @property
+    def decoder(self) -> LlamaForCausalLM:
+        """`llama_model`; RuntimeError if it was left out."""
+        if self.llama_model is None:
+            raise RuntimeError("this model was loaded with with_decoder=False: only vision and visual_tokens work; load it without that")
+        return self.llama_model
+
     def embed(self, input_ids, slots, visual_BQD, clips=None):
         """x_RSD: embeddings of input_ids [R, S]; where slots [R, S] is not -1, visual token `slots` of clip clips [R] (None: R = B)."""
-        x_RSD = self.llama_model.get_input_embeddings()(input_ids)
+        x_RSD = self.decoder.get_input_embeddings()(input_ids)
         clips = torch.arange(input_ids.shape[0]) if clips is None else clips
         slots, clips = slots.to(x_RSD.device), clips.to(x_RSD.device)       # a device map may put the decoder elsewhere
         return torch.where((slots >= 0)[..., None], visual_BQD.to(x_RSD)[clips[:, None], slots.clamp(min=0)], x_RSD)
@@ -245,11 +254,15 @@ class HawkModel(PreTrainedModel):
 
         video: path of a file or of a folder of pictures, decoded frames, or a list of them; question: a text, None (describe the video),
         or a list of them.  One video takes any number of questions; several videos take one for all, or one each.  history: earlier
-        (question, answer) rounds.  inputs: the processor's output in place of video and question.
+        (question, answer) rounds, the same for all.  inputs: the processor's output in place of video and question.
         """
+        if options.get("return_dict_in_generate"):
+            raise ValueError("generate returns texts; for scores call model.llama_model.generate(inputs_embeds=...) with prompt_embeds")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         inputs = self.processor(video, question, history=history) if inputs is None else inputs
         inputs_embeds, attention_mask = self.prompt_embeds(inputs)
-        known, width = self.llama_model.generation_config, inputs_embeds.shape[1]
+        known, width = self.decoder.generation_config, inputs_embeds.shape[1]
         room = self.config.llama["max_positions"] - width
         if room < 1:
             raise ValueError(f"a prompt of {width} tokens leaves no room for an answer: the decoder has {room + width} positions; shorten "
