@@ -85,7 +85,7 @@ class _Weights:
     def __init__(self, folder: Path, shapes: dict, leaves: dict[tuple, list[Written]], shard_bytes: int):
         self.leaves, self.parts = leaves, {}
         for part in ("model", "llama"):
-            specs = {w.name: (shapes[w.entry.key].dtype, shapes[w.entry.key].shape) for ws in leaves.values() for w in ws if w.part == part}
+            specs = {w.name: shapes[w.entry.key] for ws in leaves.values() for w in ws if w.part == part}
             (home := folder if part == "model" else folder / part).mkdir(exist_ok=True)
             self.parts[part] = torch_files.Shards(home, "model", specs, shard_bytes)
 

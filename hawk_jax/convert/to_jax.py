@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from hawk_jax.config import HawkConfig, HawkError, differences, to_dict
@@ -121,16 +122,6 @@ def _watched(leaf: Stream, bar) -> Stream:
     return leaf._replace(blocks=blocks)
 
 
-def _nested(flat: Mapping[tuple, object]) -> dict:
-    tree = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
-
-
 def _bytes_of(leaves: Mapping[tuple, Stream]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
 
@@ -149,7 +140,7 @@ def load_foreign(sources: Sources, config: HawkConfig, mesh) -> dict:
         host = whole(leaf)
         # copies: an array on a CPU may otherwise stay a window on parts of this one
         values[path] = jax.make_array_from_callback(leaf.shape, places[path], lambda index, host=host: np.array(host[index]))
-    return _nested(values)
+    return unflatten_dict(values)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -181,7 +172,7 @@ def _save_run(config: HawkConfig, trainable: Mapping[tuple, Stream], run: Path, 
         params[path] = jax.device_put(whole(leaf), places[path])
     try:
         with Checkpoints(config, run) as checkpoints:
-            checkpoints.save(init_state(config, mesh, _nested(params)), 0, frozen_hash)
+            checkpoints.save(init_state(config, mesh, unflatten_dict(params)), 0, frozen_hash)
             checkpoints.wait()
     except BaseException:       # Ctrl-C too
         shutil.rmtree(run if fresh else folder, ignore_errors=True)
@@ -223,7 +214,7 @@ def import_weights(sources: Sources, config: HawkConfig, out: Path, run: Path | 
     decoder = {name: getattr(llama, name) for name in IN_NO_SHAPE} | {"kv_heads": llama.groups}
     notes = _notes(sources, trainable, run, out)
     with tqdm(total=_bytes_of(frozen), unit="B", unit_scale=True, desc="frozen tree") as bar:
-        tree = _nested({path: _watched(leaf, bar) for path, leaf in sorted(frozen.items())})
+        tree = unflatten_dict({path: _watched(leaf, bar) for path, leaf in sorted(frozen.items())})
         frozen_hash = save_frozen(out, tree, provenance, decoder)
     checkpoint = _save_run(config, trainable, Path(run), frozen_hash) if run else None
     return Imported(config, changed, frozen_hash, len(found), _bytes_of(frozen), time.monotonic() - start, passed, provenance["casts"],

@@ -1,7 +1,6 @@
 """Safetensors shards as `transformers` reads them, written tensor by tensor as they arrive, and the manifest that names files.
 
-Never pickle: reading weights must not be able to run code.  Layout of a file (safetensors 0.x): u64 header length, JSON header
-{name: {dtype, shape, data_offsets}}, raw little-endian data.
+Never pickle: reading weights must not be able to run code.
 """
 import contextlib
 import hashlib
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from hawk_jax.config import HawkError
-from hawk_jax.training.frozen import DTYPES
+from hawk_jax.training.frozen import describe as describe_array
+from hawk_jax.training.frozen import safetensors_header
 
 SHARD_BYTES = 5 * 10**9     # files of a big model
 
@@ -43,43 +43,38 @@ def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 class Shards:
     """STEM.safetensors in `folder`, or shards with an index, for tensors that arrive one at a time in any order.
 
-    specs: {name: (numpy dtype, shape)} of every tensor.  Space is taken at the start, so that a full disk is known before the work.
+    specs: {name: shape with dtype} of every tensor (jax.ShapeDtypeStruct).  Space is taken at the start, so that a full disk is known
+    before the work.
     """
 
-    def __init__(self, folder: Path, stem: str, specs: Mapping[str, tuple], shard_bytes: int = SHARD_BYTES):
-        self.folder, self.stem, self.specs = Path(folder), stem, {n: (np.dtype(d), tuple(s)) for n, (d, s) in specs.items()}
-        sizes = {n: d.itemsize * int(np.prod(s, dtype=np.int64)) for n, (d, s) in self.specs.items()}
+    def __init__(self, folder: Path, stem: str, specs: Mapping, shard_bytes: int = SHARD_BYTES):
+        self.folder, self.stem, self.specs = Path(folder), stem, specs
+        sizes = {name: spec.size * np.dtype(spec.dtype).itemsize for name, spec in specs.items()}
         groups = _cut(sizes, shard_bytes)
         names = [f"{stem}.safetensors"] if len(groups) == 1 else [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
                                                                   for i in range(1, len(groups) + 1)]
         self.total, self.described, self._place, self._open = sum(sizes.values()), {}, {}, []
         try:
             for file, group in zip(names, groups):
-                self._begin(file, group, sizes)
+                self._begin(file, group)
         except OSError:
             self.abandon()
             raise
 
-    def _begin(self, file: str, names: list[str], sizes: Mapping[str, int]) -> None:
-        table, offset = {"__metadata__": {"format": "pt"}}, 0       # transformers refuses files without this mark
-        for name in names:
-            dtype, shape = self.specs[name]
-            table[name] = {"dtype": DTYPES[dtype.name], "shape": list(shape), "data_offsets": [offset, offset + sizes[name]]}
-            offset += sizes[name]
-        header = json.dumps(table).encode()
-        header += b" " * (-len(header) % 8)
+    def _begin(self, file: str, names: list[str]) -> None:
+        # transformers refuses files without this mark
+        header, places, length = safetensors_header({name: self.specs[name] for name in names}, {"format": "pt"})
         handle = open(self.folder / file, "wb")
         self._open.append(handle)
-        handle.write(len(header).to_bytes(8, "little") + header)
-        if offset:
-            os.posix_fallocate(handle.fileno(), 8 + len(header), offset)
-        for name in names:
-            self._place[name] = (handle, file, 8 + len(header) + table[name]["data_offsets"][0])
+        handle.write(header)
+        os.posix_fallocate(handle.fileno(), 0, length)
+        self._place |= {name: (handle, file, at) for name, at in places.items()}
 
     def put(self, name: str, tensor: np.ndarray) -> None:
         """Writes one tensor (any strides)."""
-        if (tensor.dtype, tensor.shape) != self.specs[name] or name in self.described:
-            raise TorchFileError(f"{name} is {tensor.dtype.name}{list(tensor.shape)} or comes twice; announced was {self.specs[name]}")
+        spec = self.specs[name]
+        if (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape) or name in self.described:
+            raise TorchFileError(f"{name} is {tensor.dtype.name}{list(tensor.shape)} or comes twice; announced was {spec}")
         handle, _, at = self._place[name]
         data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
         handle.seek(at)
@@ -106,12 +101,6 @@ class Shards:
         for handle in self._open:
             with contextlib.suppress(OSError):      # on a full disk closing fails once more
                 handle.close()
-
-
-def describe_array(tensor: np.ndarray) -> dict:
-    """What identifies a tensor: {"dtype", "shape", "sha256"} of its values in C order."""
-    data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-    return {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def describe(folder: Path, files) -> dict[str, dict]:

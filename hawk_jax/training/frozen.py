@@ -47,7 +47,8 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _describe(array: np.ndarray) -> dict:
+def describe(array: np.ndarray) -> dict:
+    """What identifies an array: {"dtype", "shape", "sha256"} of its values in C order."""
     return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": hashlib.sha256(_bytes(array)).hexdigest()}
 
 
@@ -63,7 +64,7 @@ def _named(tree: dict) -> dict:
 
 def tree_hash(tree: dict) -> str:
     """The hash that `save_frozen` would write for a tree of arrays."""
-    return _tree_hash({name: _describe(np.asarray(leaf)) for name, leaf in _named(tree).items()})
+    return _tree_hash({name: describe(np.asarray(leaf)) for name, leaf in _named(tree).items()})
 
 
 @jax.jit
@@ -83,18 +84,22 @@ def device_checksum(tree: dict):
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def _header(leaves: dict) -> bytes:
-    """Safetensors header of {name: array}, padded so that data starts on 8 bytes."""
-    table, offset = {}, 0
+def safetensors_header(leaves: dict, metadata: dict | None = None) -> tuple[bytes, dict[str, int], int]:
+    """(header of a file, place of each leaf's first byte in it, length of the file) of {name: array or shape with dtype and size}.
+
+    Padded so that data starts on 8 bytes.  Raises FrozenError for a dtype that is neither float32 nor bfloat16.
+    """
+    table, offset, places = {"__metadata__": metadata} if metadata else {}, 0, {}
     for name, leaf in leaves.items():
-        if leaf.dtype.name not in DTYPES:
-            raise FrozenError(f"{name} has dtype {leaf.dtype.name}: a frozen tree holds {', '.join(DTYPES)}")
-        size = leaf.size * leaf.dtype.itemsize
-        table[name] = {"dtype": DTYPES[leaf.dtype.name], "shape": list(leaf.shape), "data_offsets": [offset, offset + size]}
+        if (dtype := np.dtype(leaf.dtype)).name not in DTYPES:
+            raise FrozenError(f"{name} has dtype {dtype.name}: weights are written as {', '.join(DTYPES)}")
+        places[name], size = offset, leaf.size * dtype.itemsize
+        table[name] = {"dtype": DTYPES[dtype.name], "shape": list(leaf.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + at for name, at in places.items()}, start + offset
 
 
 def _write_leaf(out, name: str, leaf) -> dict:
@@ -116,7 +121,7 @@ def _write_part(file: Path, leaves: dict) -> dict[str, dict]:
     """Writes one file; returns {name: {dtype, shape, sha256}}."""
     described = {}
     with open(file, "wb") as out:
-        out.write(_header(leaves))
+        out.write(safetensors_header(leaves)[0])
         for name, leaf in leaves.items():
             described[name] = _write_leaf(out, name, leaf)
         out.flush()
@@ -269,7 +274,7 @@ def load_frozen(folder: Path, abstract: dict, shardings: dict | None = None) -> 
             array = stored[name].read() if name in stored else None
         except (OSError, ValueError) as error:
             raise FrozenError(f"{folder}: {name} cannot be read: {error}; make the frozen tree again") from error
-        if array is None or _describe(array) != manifest["leaves"][name]:
+        if array is None or describe(array) != manifest["leaves"][name]:
             raise FrozenError(f"{folder}: {name} is not what the manifest says (sha256 differs): the file was damaged or changed; "
                               "make the frozen tree again")
         # copies: an array on a CPU may otherwise stay a window on this one, or on parts of it
