@@ -6,7 +6,6 @@ import functools
 import jax
 import numpy as np
 
-from data.text import EOS
 from hawk_jax.config import ModelConfig
 from hawk_jax.inference.decode import Prompts, greedy_ids
 from hawk_jax.mesh import replicated, use
@@ -57,5 +56,5 @@ def _program(config: ModelConfig, new_tokens: int, place):
         logits_RSV = model.llama.logits(model.llama.hidden(x_RSD, ones_RS, position_RS))
         prompts = Prompts(x_RSD, ones_RS > 0, np.full(CLIPS, tokens_RS.shape[1], np.int32))
         return {"visual_BQD": visual_BQD, "video_BQZ": video_BQZ, "motion_BQZ": motion_BQZ, "logits_RSV": logits_RSV,
-                "greedy_RN": greedy_ids(model.llama, prompts, new_tokens, (EOS,))}
+                "greedy_RN": greedy_ids(model.llama, prompts, new_tokens)}
     return jax.jit(run, out_shardings=place)
