@@ -423,6 +423,18 @@ def test_bfloat16_runs_and_stays_near(made):
     model.generate(made.videos[0], do_sample=True, top_p=0.9, temperature=0.7, max_new_tokens=2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_on_a_gpu_it_answers_as_on_the_cpu(made):
+    """1e-4 of the largest value: another order of sums, float32 products (TF32 is off by default)."""
+    model = transformers.AutoModel.from_pretrained(made.folder, trust_remote_code=True, dtype=torch.float32).to("cuda")
+    inputs = model.processor(made.videos, QUESTIONS[1])
+    there = [inputs[name].to("cuda") for name in ("frames", "masks", "motion_frames") if name in inputs]
+    close(model.visual_tokens(*there).cpu(), made.model.visual_tokens(*(x.cpu() for x in there)), 1e-4)
+    assert model.generate(made.videos, max_new_tokens=8) == made.model.generate(made.videos, max_new_tokens=8)
+    narrow = transformers.AutoModel.from_pretrained(made.folder, trust_remote_code=True, dtype=torch.bfloat16).to("cuda")
+    assert len(narrow.generate(made.videos, max_new_tokens=4)) == len(made.videos)
+
+
 def test_saved_again_it_is_the_same(made, tmp_path):
     made.model.save_pretrained(tmp_path)
     names = {str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file()}
