@@ -406,8 +406,9 @@ def test_a_proof_is_not_replaced_by_a_weaker_one_and_notices_another_graph(expor
     graph = bytearray((tmp_path / "copy" / "vision.pt2").read_bytes())
     graph[len(graph) // 2] ^= 1
     (tmp_path / "copy" / "vision.pt2").write_bytes(graph)
-    found = prove(tmp_path / "copy", compute=False)
-    assert found["verdict"] == "differs" and "vision.pt2 is not the file that was proven" in found["differences"][0]
+    for _ in range(2):      # nor does the second time forget what the first one found
+        found = prove(tmp_path / "copy", compute=False)
+        assert found["verdict"] == "differs" and "vision.pt2 is not the file that was proven" in found["differences"][0]
     with pytest.raises(HawkError, match="outputs.jsonl"):
         prove(tmp_path / "copy", tmp_path, tmp_path)
     (tmp_path / "outputs.jsonl").write_text('{"source": "a.mp4", "description": "x", "answers": []}\n')
